@@ -1,0 +1,43 @@
+# make demo   train a small GPT-2 at every stage and compare     make test   the test suite
+# make lint   formatting, style, types                           make bench  measurements
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test lint format bench clean
+
+setup: .venv/.native
+
+# torch first and pinned: an unpinned requirement of another package would fetch a different build.
+.venv/.packages: constraints.txt pyproject.toml
+	@echo "setting up .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch setuptools wheel numpy
+	@$(PIP) $$($(BIN)/python -c "import tomllib; e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*['%s' % r.replace(' ', '') for r in e['demo'] + e['dev']])")
+	@touch $@
+
+.venv/.native: .venv/.packages setup.py $(wildcard csrc/*)
+	@echo "building the native kernels"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/python benchmarks/update.py
+
+clean:
+	rm -rf .venv build dist out *.egg-info zerolite/kernels/_native.so

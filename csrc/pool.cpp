@@ -1,0 +1,104 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace zerolite {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements a thread must get to be worth waking
+
+class Pool {
+ public:
+  void run(int parts, const std::function<void(int, int)>& body) {
+    std::unique_lock<std::mutex> turn(turn_);
+    if (pid_ != getpid()) {  // forked: the workers stayed in the parent (data loader workers)
+      for (int part = 0; part < parts; ++part) body(part, parts);
+      return;
+    }
+    grow(parts - 1);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      body_ = &body;
+      parts_ = parts;
+      next_ = 0;
+      left_ = parts;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return left_ == 0; });
+    body_ = nullptr;
+  }
+
+ private:
+  void grow(int workers) {
+    while (static_cast<int>(workers_) < workers) {
+      ++workers_;
+      std::thread([this] { loop(); }).detach();  // detached: exit must not wait for an idle worker
+    }
+  }
+  void loop() {
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return body_ != nullptr && next_ < parts_; });
+      }
+      work();
+    }
+  }
+  void work() {
+    for (;;) {
+      const std::function<void(int, int)>* body;
+      int part, parts;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (body_ == nullptr || next_ >= parts_) return;
+        body = body_;
+        part = next_++;
+        parts = parts_;
+      }
+      (*body)(part, parts);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--left_ == 0) done_.notify_all();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int, int)>* body_ = nullptr;
+  int parts_ = 0, next_ = 0, left_ = 0;
+  int workers_ = 0;
+  pid_t pid_ = getpid();
+};
+
+Pool& pool() {
+  static Pool* instance = new Pool;  // never destroyed: workers may outlive static destructors
+  return *instance;
+}
+
+int limit = 1;
+
+}  // namespace
+
+void parallel(int threads, const std::function<void(int, int)>& body) {
+  if (threads <= 1) {
+    body(0, 1);
+    return;
+  }
+  pool().run(threads, body);
+}
+
+int threads_for(int64_t elements) {
+  const int64_t useful = (elements + kGrain - 1) / kGrain;
+  return static_cast<int>(useful < limit ? (useful < 1 ? 1 : useful) : limit);
+}
+
+void set_threads(int threads) { limit = threads < 1 ? 1 : threads; }
+int get_threads() { return limit; }
+
+}  // namespace zerolite

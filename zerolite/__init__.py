@@ -1,0 +1,12 @@
+"""zerolite: ZeRO for any PyTorch program, by one line.
+
+    optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=2)
+"""
+
+from zerolite.comm.ledger import RankError
+from zerolite.optimizer import ZeroOptimizer
+from zerolite.plan import Plan
+from zerolite.version import __version__
+
+__all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__"]
+

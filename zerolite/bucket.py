@@ -1,0 +1,297 @@
+"""A bucket: parameters, gradients and states of one element range, and the verbs that move them.
+
+    param.shard  --gather()-->  param.full  --views-->  nn.Parameter.data        ready() waits and shows them
+                 <-release()--                                                   if parameters rest sharded
+    p.grad  --collect()-->  Gradients  --start(), finish()-->  average           see gradient.py
+    average, states  --update()-->  param.shard  --publish()-->  param.full      if parameters rest whole
+
+Every buffer has one writer: `full` is written by gather and publish, the range that this rank updates by
+update. Where parameters rest whole, `shard` is a view of its range in `full`.
+
+Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
+and writing one raises, instead of a stale value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.comm import Comm, Pending
+from zerolite.gradient import Gradients
+from zerolite.kernels import join, split_
+from zerolite.layout import Layout, Piece
+from zerolite.plan import Plan, Widths
+from zerolite.update import Rule, State, Target
+
+
+class Entry:
+    """One parameter, as zerolite knows it."""
+
+    __slots__ = ("bucket", "consumed", "factor", "group", "handle", "index", "live", "name", "param", "slot", "steps", "version")
+
+    def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
+        self.name = name
+        self.param = param
+        self.group = group  # the user's param group; None: in the model, not in the optimizer
+        self.index = -1  # position among all entries
+        self.slot = -1  # position in the bucket
+        self.bucket: Bucket | None = None  # None: frozen since the start, and parameters rest whole
+        self.handle: Tensor  # the lazy p.grad
+        self.live = False  # gradients were collected since the last zero_grad or step
+        self.consumed = False  # a step used them up and p.grad was not cleared since
+        self.factor = 1.0  # recorded by clipping and unscaling
+        self.steps = 0  # updates applied
+        self.version = 0  # p._version after our own last write
+
+
+class Bucket:
+    """Parameters of one dtype that are gathered, exchanged and updated together."""
+
+    name: str
+    layout: Layout
+    plan: Plan
+    comm: Comm
+    entries: list[Entry]
+    full: Tensor  # 1D, layout.numel, compute dtype; its storage is empty while released
+    shard: Tensor  # 1D, layout.shard, compute dtype: this rank's range
+    mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`
+    rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
+    state: State | None  # None: not trained
+    grads: Gradients | None
+    views: list[Tensor]  # parameter-shaped views of `full`
+    blanks: list[Tensor]  # parameter-shaped NaN, shown while released
+    pending: Pending | None  # a gather or publish under way
+
+    def __init__(
+        self, name: str, layout: Layout, entries: list[Entry], plan: Plan, comm: Comm, dtype: torch.dtype, trained: bool
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.plan = plan
+        self.comm = comm
+        self.entries = entries
+        self.pending = None
+        self.state = None
+        self.grads = None
+        device = entries[0].param.device
+        self.rest = torch.empty(0, device=device)
+        self._fill(dtype, device, trained)
+
+    def _fill(self, dtype: torch.dtype, device: torch.device, trained: bool) -> None:
+        """Takes the parameters' values, rank 0's on every rank, and makes the parameters views of `full`."""
+        start, stop = self.layout.span(self.comm.rank)
+        values = torch.zeros(self.layout.numel, dtype=self.entries[0].param.dtype, device=device)
+        for slot, entry in enumerate(self.entries):
+            entry.bucket, entry.slot = self, slot
+            self._view(values, slot).copy_(entry.param.detach())
+        self.comm.broadcast_(values, f"set-up {self.name}")
+        if values.dtype == dtype:
+            self.full, low = values, None
+        else:
+            self.full = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+            low = torch.zeros(self.layout.numel, dtype=rest_dtype(dtype), device=device)
+            split_(self.full, low, values)
+        self.shard = self.full[start:stop]
+        self.mine = self.shard if self.plan.states.sharded else self.full
+        if low is not None and trained:
+            self.rest = low[start:stop].clone() if self.plan.states.sharded else low
+        if self.plan.params.sharded:
+            self.shard = self.mine = self.shard.clone()
+        self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
+        self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
+        self._show(self.views)
+
+    def _view(self, flat: Tensor, slot: int) -> Tensor:
+        """The view of `slot` with its parameter's shape and (dense) strides."""
+        p, offset = self.entries[slot].param, self.layout.slots[slot].offset
+        return flat.as_strided(p.shape, dense_strides(p), flat.storage_offset() + offset)
+
+    def _show(self, tensors: list[Tensor]) -> None:
+        for entry, tensor in zip(self.entries, tensors, strict=True):
+            entry.param.data = tensor
+            entry.version = entry.param._version
+
+    def train(self, rule: Rule, suspect: Tensor) -> None:
+        """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
+        if self.state is not None:
+            return
+        if self.rest.numel() == 0 and self.full.dtype != torch.float32:
+            self.rest = torch.zeros(self.mine.numel(), dtype=rest_dtype(self.full.dtype), device=self.mine.device)
+            if self.full.dtype == torch.float16:
+                self.rest.copy_(self.mine)
+        self.state = rule.allocate(self.pieces, self.mine.numel(), self.mine.device)
+        self.grads = Gradients(self.name, self.layout, self.comm, self.views, self.full.dtype, suspect)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The element range that this rank updates."""
+        return self.layout.span(self.comm.rank) if self.plan.states.sharded else (0, self.layout.numel)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The parts of parameters in the range that this rank updates."""
+        return list(self.layout.pieces(*self.span))
+
+    @property
+    def trained(self) -> bool:
+        return self.state is not None
+
+    # ---- parameters
+
+    @property
+    def whole(self) -> bool:
+        """Whether `full` holds the parameters, or a gather into it is under way."""
+        return self.full.untyped_storage().nbytes() > 0
+
+    def gather(self) -> None:
+        """Begins to fill `full` from all ranks' shards. Idempotent: calling it early is prefetching."""
+        if not self.whole:
+            self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+            self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+
+    def ready(self) -> None:
+        """Waits for a gather under way and shows the parameters whole."""
+        self.gather()
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+            if self.plan.params.sharded:
+                self._show(self.views)
+
+    def release(self) -> None:
+        """Frees `full` if parameters rest sharded, after keeping what was written to the parameters meanwhile."""
+        if not self.plan.params.sharded or not self.whole:
+            return
+        self.ready()
+        self.keep_writes(quiet=True)
+        self._show(self.blanks)
+        self.full.untyped_storage().resize_(0)
+
+    def publish(self) -> None:
+        """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole."""
+        if self.plan.params.sharded:
+            return
+        if self.plan.states.sharded:
+            self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+
+    def finish_publish(self) -> None:
+        """Waits for a publish."""
+        if not self.plan.params.sharded:
+            self.ready()
+
+    def shows(self, entry: Entry) -> bool:
+        """Whether a parameter still uses the memory that this bucket gave it."""
+        tensor = (self.views if self.whole and self.pending is None else self.blanks)[entry.slot]
+        return entry.param.data_ptr() == tensor.data_ptr() and entry.param.dtype == tensor.dtype
+
+    def written(self) -> list[int]:
+        """Slots whose parameter was written in place by someone else since our last write."""
+        return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
+
+    def keep_writes(self, quiet: bool = False) -> None:
+        """Adopts values that someone else wrote to the parameters: the master becomes the new value."""
+        slots = self.written()
+        if not slots:
+            return
+        start = self.span[0]
+        for piece in self.pieces:
+            if piece.slot not in slots:
+                continue
+            part = slice(piece.offset, piece.offset + piece.stop - piece.start)
+            at = self.layout.slots[piece.slot].offset + piece.start
+            assert piece.offset == at - start
+            new = self.full[at : at + piece.stop - piece.start]
+            changed = torch.ones_like(new, dtype=torch.bool)
+            if self.plan.params.sharded:
+                changed = new.view(bits_dtype(new.dtype)) != self.mine[part].view(bits_dtype(new.dtype))
+                self.mine[part] = new
+            if self.rest.numel():
+                fresh = torch.zeros_like(self.rest[part]) if self.rest.dtype == torch.int16 else new.float()
+                self.rest[part] = torch.where(changed, fresh, self.rest[part])
+        for slot in slots:
+            self.entries[slot].version = self.entries[slot].param._version
+        if not quiet and self.rest.numel():
+            warnings.warn(
+                f"parameter '{self.entries[slots[0]].name}' (and {len(slots) - 1} more) was written outside of the optimizer: "
+                "its fp32 master restarts from the written value.",
+                stacklevel=2,
+            )
+
+    # ---- the update
+
+    def update(self, targets: list[Target]) -> None:
+        """One fused pass over the range this rank updates: sum, average, update, new parameters."""
+        assert self.state is not None and self.grads is not None
+        sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
+        self.state.step(self.mine, self.rest, sources, mean, targets)
+        self.grads.clear()
+
+    def whole_gradient(self) -> Tensor:
+        """The averaged gradient of the whole bucket on every rank (a collective)."""
+        assert self.grads is not None
+        self.grads.finish()
+        average = self.grads.sources()[0][0]
+        full = torch.empty(self.layout.numel, dtype=average.dtype, device=average.device)
+        return self.comm.gather(full, average, f"gather {self.name} gradients").wait()
+
+    def wrote(self) -> None:
+        """Marks the parameters as changed, for autograd (a saved tensor of an older graph raises) and for us."""
+        torch.autograd.graph.increment_version([entry.param for entry in self.entries])
+        for entry in self.entries:
+            entry.version = entry.param._version
+
+    # ---- by parameter
+
+    def master(self, part: slice) -> Tensor:
+        """The fp32 master of a range of `mine`."""
+        rest = self.rest[part] if self.rest.numel() else self.rest
+        return join(self.mine[part], rest)
+
+    def set_master(self, part: slice, value: Tensor) -> None:
+        """Replaces the fp32 master, and the parameter with it, in a range of `mine`."""
+        rest = self.rest[part] if self.rest.numel() else self.rest
+        split_(self.mine[part], rest, value)
+
+    def collect_whole(self, local: Tensor, what: str) -> Tensor:
+        """One tensor of `mine`'s range, made whole over ranks."""
+        if not self.plan.states.sharded:
+            return local
+        full = torch.empty(self.layout.numel, dtype=local.dtype, device=local.device)
+        return self.comm.gather(full, local.contiguous(), f"{what} {self.name}").wait()
+
+    @property
+    def row(self) -> tuple[Layout, int, int, bool]:
+        """Layout, bytes of a parameter element, bytes of remainder or master an element, and whether it is trained."""
+        return self.layout, self.full.element_size(), self.rest.element_size() if self.rest.numel() else 0, self.trained
+
+    def storages(self) -> dict[str, Sequence[Tensor]]:
+        """Live tensors by term of the plan (views of one storage count once)."""
+        states = [self.rest, *(self.state.tensors() if self.state is not None else [])]
+        return {
+            "params": [self.full, self.shard],
+            "grads": self.grads.tensors() if self.grads is not None else [],
+            "states": states,
+        }
+
+
+def rest_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of what completes a parameter to its fp32 master: int16 remainder of bf16, fp32 master of fp16."""
+    return {torch.bfloat16: torch.int16, torch.float16: torch.float32, torch.float32: torch.float32}[dtype]
+
+
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype of the same width, to compare bits (NaN included)."""
+    return torch.int32 if dtype == torch.float32 else torch.int16
+
+
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of p where it is dense without overlap (channels_last, transposed), else contiguous ones."""
+    return torch.empty_like(p, device="meta").stride()
+
+
+__all__ = ["Bucket", "Entry", "Widths", "bits_dtype", "dense_strides", "rest_dtype"]

@@ -1,0 +1,326 @@
+"""From an optimizer and a model to buckets, hooks and a plan: every check first, on every rank, then every change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerolite.bucket import Bucket, Entry, rest_dtype
+from zerolite.comm import Comm
+from zerolite.grads import Grads
+from zerolite.hooks import Hooks
+from zerolite.layout import cut
+from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
+from zerolite.plan import Plan, Widths, make_plan, with_rows
+from zerolite.reducer import Reducer
+from zerolite.unit import Schedule, Unit
+from zerolite.update import Rule, make_rule
+from zerolite.whole import WholeStateDict
+
+
+@dataclass
+class Checked:
+    """What the checks established, before anything is changed."""
+
+    plan: Plan
+    rule: Rule
+    entries: list[Entry]
+    specs: list[UnitSpec]
+    dtype: torch.dtype | None  # param_dtype
+    limit: int  # bytes of a bucket
+    device: torch.device
+
+
+@dataclass
+class Built:
+    """The parts of a ZeroOptimizer."""
+
+    comm: Comm
+    rule: Rule
+    entries: list[Entry]
+    buckets: list[Bucket]
+    reducer: Reducer
+    grads: Grads
+    hooks: Hooks
+    schedule: Schedule | None  # None: parameters rest whole
+    model: nn.Module | None
+    checked: Checked
+    owner: dict[int, Unit]  # id(bucket) -> unit
+
+    def __post_init__(self) -> None:
+        self._slots: list[tuple[dict[str, Any], str, Entry]] = []
+        known = {entry.param: entry for entry in self.entries}
+        for module in self.model.modules() if self.model is not None else []:
+            for name, p in module._parameters.items():
+                if p in known:
+                    self._slots.append((module._parameters, name, known[p]))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with the present buckets."""
+        rows = []
+        for bucket in self.buckets:
+            layout, param, rest, trained = bucket.row
+            rows.append((layout, Widths(param, rest + self.rule.width), trained))
+        return with_rows(self.checked.plan, rows)
+
+    def check_replaced(self) -> None:
+        """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""
+        for parameters, name, entry in self._slots:
+            if parameters.get(name) is not entry.param:
+                raise RuntimeError(
+                    f"parameter '{entry.name}': expected the parameter that the optimizer was built with, got another one. "
+                    "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
+                )
+        for entry in self.entries:
+            if entry.bucket is not None and not entry.bucket.shows(entry):
+                raise RuntimeError(
+                    f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
+                    "Do this before ZeroOptimizer is built, or write values with p.copy_(...)."
+                )
+
+    def add_group(self, group: dict[str, Any], number: int) -> list[Entry]:
+        """Entries for the parameters of a new param group."""
+        names = names_of(self.model, [])
+        known = {entry.param: entry for entry in self.entries}
+        added: list[Entry] = []
+        for k, p in enumerate(group["params"]):
+            name = names.get(p, f"group {number} parameter {k}")
+            check_parameter(name, p, self.checked.device)
+            entry = known.get(p)
+            if entry is None:
+                if self.schedule is not None:
+                    raise ValueError(f"parameter '{name}': expected a parameter of the model, got one that it does not have.")
+                entry = Entry(name, p, group)
+                entry.index = len(self.entries)
+                self.entries.append(entry)
+            entry.group = group
+            added.append(entry)
+        return added
+
+
+def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm) -> Built:
+    """Checks, compares ranks, then makes buckets and registers hooks."""
+    checked: Checked | None = None
+    problem: Exception | None = None
+    try:
+        checked = _check(optimizer, model, options, comm)
+        description = _describe(checked, optimizer, model, options)
+    except Exception as error:  # told to the other ranks, then raised
+        problem, description = error, [f"{type(error).__name__}: {error}"]
+    shared = comm.share((problem is not None, description), "set-up comparison")
+    if problem is not None:
+        raise problem
+    assert checked is not None
+    _compare(shared, comm)
+    return _make(checked, model, comm)
+
+
+def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm) -> Checked:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+    if hasattr(optimizer, "_built"):
+        raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
+    plan = make_plan(options["stage"], options["offload"], comm.size)
+    if options["moments"] != "fp32":
+        raise ValueError(f"moments: expected 'fp32', got {options['moments']!r}")
+    dtype = options["param_dtype"]
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
+    if not options["bucket_mb"] > 0:
+        raise ValueError(f"bucket_mb: expected more than 0, got {options['bucket_mb']!r}")
+    check_model(model)
+    if plan.params.sharded and model is None:
+        raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model, ...).")
+    entries, device = _entries(optimizer, model, plan)
+    if plan.params.sharded and model is not None:
+        specs = find_units(model, options["units"])
+    else:
+        specs = [UnitSpec("bucket", None, [(e.name, e.param) for e in entries])]
+    if dtype is not None:
+        for entry in entries:
+            if torch.finfo(entry.param.dtype).bits < torch.finfo(dtype).bits or (
+                entry.param.dtype != dtype and entry.param.dtype != torch.float32
+            ):
+                raise ValueError(
+                    f"parameter '{entry.name}': param_dtype={dtype} expects float32 parameters (or its own dtype), got "
+                    f"{entry.param.dtype}."
+                )
+    limit = max(int(options["bucket_mb"] * 2**20), 1)
+    return Checked(plan, make_rule(optimizer), entries, specs, dtype, limit, device)
+
+
+def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:
+    names = names_of(model, optimizer.param_groups)
+    groups: dict[nn.Parameter, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p in groups:
+                raise ValueError(f"parameter '{names[p]}': expected once in the optimizer's param groups, got it twice.")
+            groups[p] = group
+    if not any(p.requires_grad for p in groups):
+        raise ValueError("optimizer: expected at least one parameter that requires a gradient, got none.")
+    device = next(iter(groups)).device
+    owned = set(model.parameters()) if model is not None else set()
+    wanted = list(groups)
+    if plan.params.sharded and model is not None:
+        for p in groups:
+            if p not in owned:
+                raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
+        wanted = list(model.parameters())
+    for p in wanted:
+        check_parameter(names[p], p, device)
+        if p not in groups and p.requires_grad:
+            raise ValueError(
+                f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
+                "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
+            )
+    entries = [Entry(names[p], p, groups.get(p)) for p in wanted]
+    for index, entry in enumerate(entries):
+        entry.index = index
+    return entries, device
+
+
+def _describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]) -> list[str]:
+    """One line for each thing that ranks must agree on, the most telling first."""
+    lines = [f"torch {torch.__version__}", f"optimizer {type(optimizer).__name__}"]
+    lines += [f"option {name}={value!r}" for name, value in options.items()]
+    lines.append(f"{len(checked.entries)} parameters")
+    for entry in checked.entries:
+        p = entry.param
+        lines.append(f"parameter '{entry.name}' {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}")
+    for number, group in enumerate(optimizer.param_groups):
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lines.append(f"group {number}: {len(group['params'])} parameters, {values}")
+    for name, buffer in model.named_buffers() if model is not None else []:
+        lines.append(f"buffer '{name}' {tuple(buffer.shape)} {buffer.dtype}")
+    return lines
+
+
+def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
+    for rank, (failed, lines) in enumerate(shared):
+        if failed:
+            raise RuntimeError(f"rank {rank} could not build its ZeroOptimizer: {lines[0]}")
+    first = shared[0][1]
+    for rank, (_, lines) in enumerate(shared):
+        if lines == first:
+            continue
+        for ours, theirs in zip(first, lines, strict=False):
+            if ours != theirs:
+                raise ValueError(f"ranks differ: expected on every rank, as on rank 0, [{ours}], got on rank {rank} [{theirs}].")
+        raise ValueError(f"ranks differ: rank 0 describes {len(first)} things, rank {rank} {len(lines)}.")
+
+
+def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
+    plan, entries = checked.plan, checked.entries
+    reducer = Reducer(plan, comm, checked.device)
+    by_param = {entry.param: entry for entry in entries}
+    buckets: list[Bucket] = []
+    units: list[Unit] = []
+    owner: dict[int, Unit] = {}
+    for spec in checked.specs:
+        members = [by_param[p] for _, p in spec.params if plan.params.sharded or p.requires_grad]
+        made = _cut(spec.name, members, checked, comm)
+        unit = Unit(spec.name, made, spec.module is None)
+        for bucket in made:
+            if any(e.param.requires_grad for e in bucket.entries):
+                bucket.train(checked.rule, reducer.suspect)
+            owner[id(bucket)] = unit
+        unit.release()
+        units.append(unit)
+        buckets += made
+    for entry in entries:
+        if entry.bucket is None and checked.dtype is not None:
+            entry.param.data = entry.param.data.to(checked.dtype)
+    for name, buffer in model.named_buffers() if model is not None else []:
+        if buffer.numel() and buffer.dtype != torch.bool:
+            comm.broadcast_(buffer, f"set-up buffer {name}")
+    reducer.add([bucket for bucket in buckets if bucket.trained])
+    schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
+    on_collected: Callable[[Entry], None] = lambda entry: None  # noqa: E731
+    if schedule is not None:
+        reducer.at_end.append(schedule.release_all)
+        on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
+    grads = Grads(reducer, entries, on_collected)
+    built = Built(comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner)
+    for entry in entries:
+        if entry.bucket is not None and entry.bucket.trained:
+            _listen(built, entry)
+    if schedule is not None and model is not None:
+        _follow(built, model, schedule, units, checked.specs)
+    return built
+
+
+def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[Bucket]:
+    """Buckets of one unit: parameters of one dtype, trained or frozen, in order."""
+    kinds: dict[tuple[torch.dtype, bool], list[Entry]] = {}
+    for entry in members:
+        kinds.setdefault((entry.param.dtype, entry.param.requires_grad), []).append(entry)
+    buckets = []
+    for (dtype, trained), group in kinds.items():
+        target = checked.dtype or dtype
+        limit = max(checked.limit // torch.finfo(target).bits * 8, 1)
+        position = 0
+        for layout in cut([(entry.name, entry.param.numel()) for entry in group], comm.size, limit):
+            part = group[position : position + len(layout.slots)]
+            position += len(layout.slots)
+            label = f"{name} {len(buckets)}"
+            buckets.append(Bucket(label, layout, part, checked.plan, comm, target, trained))
+    return buckets
+
+
+def _listen(built: Built, entry: Entry) -> None:
+    """The handle and the hook of a trained parameter."""
+    built.grads.make_handle(entry)
+    if entry.param.requires_grad:
+        built.hooks.on_gradient(entry, built.grads.arrive)
+
+
+def _follow(built: Built, model: nn.Module, schedule: Schedule, units: list[Unit], specs: list[UnitSpec]) -> None:
+    """Hooks that gather and release."""
+    hooks, inside = built.hooks, {}
+    by_name = {unit.name: unit for unit in units}
+    for spec in specs:
+        if spec.module is not None:
+            hooks.on_unit(spec.module, by_name[spec.name], schedule)
+            inside.update({id(m): by_name[spec.name] for m in spec.module.modules()})
+    root = by_name.get("root")
+    if root is not None:
+        hooks.on_unit(model, root, schedule)
+    hooks.on_model(model, schedule)
+    unit_modules = {id(spec.module) for spec in specs}
+    for module in model.modules():
+        home = inside.get(id(module), root)
+        if home is not None and module is not model and id(module) not in unit_modules and module._parameters:
+            hooks.on_part(module, home, schedule)
+        if root is not None and home is not root and id(module) in unit_modules:
+            tied = any(built_entry_is(built, p, root) for p in module.parameters())
+            if tied:
+                hooks.on_part(module, root, schedule)
+    WholeStateDict(schedule, built.entries, built.owner).register(hooks, model)
+
+
+def built_entry_is(built: Built, p: nn.Parameter, unit: Unit) -> bool:
+    """Whether a parameter travels with `unit`."""
+    return any(p is entry.param for bucket in unit.buckets for entry in bucket.entries)
+
+
+def late_buckets(built: Built, entries: list[Entry]) -> None:
+    """States, handles and hooks for parameters that are trained from now on (every rank calls it)."""
+    fresh = [entry for entry in entries if entry.bucket is None]
+    made = _cut(f"late {len(built.buckets)}", fresh, built.checked, built.comm)
+    built.buckets += made
+    for bucket in dict.fromkeys([*made, *(e.bucket for e in entries if e.bucket is not None)]):
+        if not bucket.trained:
+            bucket.train(built.rule, built.reducer.suspect)
+            built.reducer.add([bucket])
+    for entry in entries:
+        if not hasattr(entry, "handle"):
+            _listen(built, entry)
+
+
+__all__ = ["Built", "Checked", "build", "late_buckets", "rest_dtype"]

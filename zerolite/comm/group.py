@@ -1,0 +1,170 @@
+"""Communication over a torch.distributed process group.
+
+A collective that does not finish is looked into after `PATIENCE` seconds: every late rank posts what it waits
+for in the group's store. Where all have posted and they differ, each raises at once and names the difference,
+instead of waiting for the group's timeout (30 minutes by default); where they agree, a rank is merely slow.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerolite.comm.ledger import Ledger, RankError
+
+PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
+
+# torch 2.13 renamed the tensor collectives; both names are served here and nowhere else.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Waiting:
+    """A collective under way, its result, and how to explain a failure."""
+
+    def __init__(self, comm: GroupComm, work: Any, result: Tensor, what: str) -> None:
+        self.comm = comm
+        self.work = work
+        self.result = result
+        self.what = what
+        self.order = sum(comm.ledger.calls.values())
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            try:
+                self._wait()
+            finally:
+                self.work = None
+        return self.result
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.comm.timeout
+        seen: list[str] = []
+        late = False
+        try:
+            while not self._done(deadline):
+                late = True
+                seen = self.comm.compare(self.what, self.order, seen)
+                if time.monotonic() >= deadline:
+                    raise RankError(
+                        f"rank {self.comm.rank} waited {self.comm.timeout:.0f} s in '{self.what}': another rank is "
+                        "stopped, stuck or left the training loop. The timeout is init_process_group(timeout=...)."
+                    )
+        finally:
+            if late:
+                self.comm.retract()
+
+    def _done(self, deadline: float) -> bool:
+        patience = min(PATIENCE, max(deadline - time.monotonic(), 0.001))
+        try:
+            self.work.wait(datetime.timedelta(seconds=patience))
+        except RuntimeError as error:
+            if self.work.is_completed() or "timed out" not in str(error).lower():
+                raise self.comm.lost(self.what, error) from error
+            return False
+        return True
+
+
+class GroupComm:
+    """The Comm of a torch.distributed process group (None: the default group)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.ledger = Ledger()
+        self.timeout = _timeout(self.group)
+        self.members = dist.get_process_group_ranks(self.group)
+
+    def exchange(self, full: Tensor, what: str) -> Waiting:
+        self.ledger.enter(what, _bytes(full) * (self.size - 1) // self.size)
+        out = torch.empty(self.size, full.numel() // self.size, dtype=full.dtype, device=full.device)
+        return self._start(what, out, lambda: dist.all_to_all_single(out.view(-1), full, group=self.group, async_op=True))
+
+    def gather(self, full: Tensor, shard: Tensor, what: str) -> Waiting:
+        self.ledger.enter(what, _bytes(shard) * (self.size - 1))
+        return self._start(what, full, lambda: _all_gather(full, shard, group=self.group, async_op=True))
+
+    def sum_(self, values: Tensor, what: str) -> None:
+        self._reduce(values, dist.ReduceOp.SUM, what)
+
+    def max_(self, values: Tensor, what: str) -> None:
+        self._reduce(values, dist.ReduceOp.MAX, what)
+
+    def _reduce(self, values: Tensor, op: Any, what: str) -> None:
+        self.ledger.enter(what, _bytes(values))
+        self._start(what, values, lambda: dist.all_reduce(values, op, group=self.group, async_op=True)).wait()
+
+    def broadcast_(self, values: Tensor, what: str) -> None:
+        self.ledger.enter(what, _bytes(values))
+        source = self.members[0]
+        self._start(what, values, lambda: dist.broadcast(values, source, group=self.group, async_op=True)).wait()
+
+    def share(self, value: Any, what: str) -> list[Any]:
+        self.ledger.enter(what, 0)
+        values: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise self.lost(what, error) from error
+        return values
+
+    def _start(self, what: str, result: Tensor, call: Any) -> Waiting:
+        try:
+            return Waiting(self, call(), result, what)
+        except (RuntimeError, ValueError) as error:
+            raise self.lost(what, error) from error
+
+    def lost(self, what: str, error: Exception) -> RankError:
+        """The error of a collective that failed, with its phase and the likely cause."""
+        return RankError(
+            f"rank {self.rank} of {self.size} in '{what}': the process group failed, most likely because another rank "
+            f"died or raised; look at the first error among the ranks' outputs. ({str(error).splitlines()[0][:200]})"
+        )
+
+    def compare(self, what: str, order: int, before: list[str]) -> list[str]:
+        """Posts what this rank waits for. Raises where every rank waits, one for something else, and nothing has
+        changed since the look that returned `before`; else returns what was seen."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            keys = [self._post(rank) for rank in range(self.size)]
+            store.set(keys[self.rank], f"{order}|{what}")
+            if not store.check(keys):
+                return []
+            posted = [store.get(key).decode() for key in keys]
+        except (RuntimeError, ValueError):
+            return []  # the store's host is gone or the group was destroyed: the collective itself reports that
+        if posted == before and len(set(posted)) > 1:
+            table = "; ".join(f"rank {rank}: '{entry.split('|', 1)[1]}'" for rank, entry in enumerate(posted))
+            raise RankError(
+                f"ranks wait for different things: {table}. They took different paths through the model or the loop; "
+                "a module that only some ranks use must be gathered as one unit with its parent (units=...)."
+            )
+        return posted
+
+    def retract(self) -> None:
+        """Takes this rank's post back: it no longer waits."""
+        try:
+            dist.distributed_c10d._get_default_store().delete_key(self._post(self.rank))
+        except (RuntimeError, ValueError):
+            return  # nobody is left to read it
+
+    def _post(self, rank: int) -> str:
+        return f"zerolite/{'-'.join(map(str, self.members))}/{rank}"
+
+
+def _timeout(group: Any) -> float:
+    """The group's own timeout in seconds."""
+    try:
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    except (RuntimeError, AttributeError):
+        return dist.constants.default_pg_timeout.total_seconds()
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()

@@ -1,0 +1,40 @@
+"""What this rank has asked of the others, in order: counters, and a digest that ranks compare at every step.
+
+Ranks that took different paths through the model would pair one rank's gather of block 3 with another's of
+block 4, and equal sizes would hide it. The digests differ then, and `step()` refuses before it writes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, deque
+
+# Names of the phases, the first word of every `what`.
+SETUP, EXCHANGE, GATHER, NORM, STEP, READ = "set-up", "exchange", "gather", "norm", "step", "read"
+
+
+class RankError(RuntimeError):
+    """Another rank died, disagrees or did not answer in time."""
+
+
+class Ledger:
+    """The order and the volume of one rank's communication."""
+
+    digest: int  # CRC-32 chain over every `what`
+    calls: Counter[str]  # by phase
+    sent: Counter[str]  # bytes that left this rank, by phase
+    recent: deque[str]  # the last few entries
+
+    def __init__(self) -> None:
+        self.digest = 0
+        self.calls = Counter()
+        self.sent = Counter()
+        self.recent = deque(maxlen=8)
+
+    def enter(self, what: str, sent: int) -> None:
+        """Records one call that sends `sent` bytes from this rank."""
+        phase = what.split(" ", 1)[0]
+        self.digest = zlib.crc32(what.encode(), self.digest)
+        self.calls[phase] += 1
+        self.sent[phase] += sent
+        self.recent.append(what)

@@ -1,0 +1,200 @@
+"""One bucket's gradients on their way from autograd to the update.
+
+    put(slot, grad)    one parameter's gradient of this round; kept by reference until the bucket is packed
+    hold(slot, grad)   the same under no_sync(): added to a local fp32 sum instead
+    pack()             this round's gradients, and the local sum, copied into one padded tensor
+    start(), finish()  the exchange with the other ranks, and the average of what came
+
+A *round* is what one synchronised backward contributes. Its average over ranks is summed in rank order in
+fp32 and rounded once to the round's dtype: the compute dtype, as if one device had computed it, or fp32
+where a local sum took part. Further rounds are added to an fp32 average, which is allocated only then.
+
+A parameter can arrive twice before anything was exchanged (a second backward, or a checkpointed module that
+is used twice). Then the earlier round goes out first, whatever the bucket looks like, so that the bits of a
+parameter never depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zerolite.comm import Comm, Pending
+from zerolite.kernels import exceeds_, pack_, reduce_
+from zerolite.layout import Layout
+
+# Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
+_SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
+
+
+class Gradients:
+    """Gradients of one bucket on one rank."""
+
+    name: str  # of the bucket
+    layout: Layout
+    comm: Comm
+    dtype: torch.dtype  # compute dtype
+    views: list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each slot's parameter
+    suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
+    expected: int  # arrivals that complete a round
+    arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet
+    packed: set[int]  # slots of this round in `full`
+    full: Tensor | None  # 1D, layout.numel: this round's gradients of this rank
+    local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
+    flight: Pending | None  # the exchange under way
+    average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
+
+    def __init__(
+        self, name: str, layout: Layout, comm: Comm, like: list[Tensor], dtype: torch.dtype, suspect: Tensor
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.comm = comm
+        self.dtype = dtype
+        self.views = [(p.shape, p.stride()) for p in like]
+        self.suspect = suspect
+        self.expected = len(layout.slots)
+        self.clear()
+
+    @property
+    def mean(self) -> float:
+        """Factor from a sum over ranks to the average."""
+        return 1.0 / self.comm.size
+
+    def clear(self) -> None:
+        """Forgets every gradient."""
+        self.arrived = {}
+        self.packed = set()
+        self.full = self.local = self.flight = self.average = None
+
+    def holds(self, slot: int) -> bool:
+        """Whether this round already has a gradient in `slot`."""
+        return slot in self.arrived or slot in self.packed
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expected gradient of this round is here."""
+        return len(self.arrived) + len(self.packed) >= self.expected
+
+    def put(self, slot: int, grad: Tensor) -> None:
+        """Takes one gradient of this round (shape and dtype of the parameter)."""
+        self.arrived[slot] = grad
+        if self.complete:
+            self.pack()
+
+    def hold(self, slot: int, grad: Tensor) -> None:
+        """Adds one gradient to the local fp32 sum."""
+        if self.local is None:
+            self.local = torch.zeros(self.layout.numel, dtype=torch.float32, device=grad.device)
+        self.view(self.local, slot).add_(grad)
+
+    def view(self, flat: Tensor, slot: int) -> Tensor:
+        """The parameter-shaped view of `slot` in a bucket-shaped tensor."""
+        shape, stride = self.views[slot]
+        return flat.as_strided(shape, stride, flat.storage_offset() + self.layout.slots[slot].offset)
+
+    def pack(self) -> None:
+        """Copies what has arrived into `full`, and looks once for values that are not plainly finite."""
+        if not self.arrived:
+            return
+        if self.full is None:
+            device = next(iter(self.arrived.values())).device
+            self.full = torch.zeros(self.layout.numel, dtype=self.dtype, device=device)
+        plain: list[Tensor] = []
+        offsets: list[int] = []
+        for slot, grad in self.arrived.items():
+            shape, stride = self.views[slot]
+            if grad.dtype == self.dtype and grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride)):
+                plain.append(grad)
+                offsets.append(self.layout.slots[slot].offset)
+            else:
+                self.view(self.full, slot).copy_(grad)
+        pack_(self.full, plain, offsets)
+        self.packed.update(self.arrived)
+        self.arrived = {}
+        exceeds_(self.suspect, self.full, _SUSPECT[self.dtype])
+
+    def start(self, wide: bool) -> None:
+        """Begins the exchange of this round; slots without a gradient count as 0.
+
+        wide  the round includes a local sum on some rank, so it travels in fp32 on all
+        """
+        self.finish()
+        self.pack()
+        full = self.full
+        if full is None:
+            full = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.suspect.device)
+        if wide:
+            full = full.float() if self.local is None else self.local.add_(full)
+            exceeds_(self.suspect, full, _SUSPECT[torch.float32])
+        self.flight = self.comm.exchange(full, f"exchange {self.name}")
+        self.full = self.local = None
+        self.packed = set()
+
+    def sources(self) -> tuple[list[Tensor], float]:
+        """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
+        if self.flight is not None and self.average is None:
+            sources = list(self.flight.wait().unbind(0))
+            self.flight = None
+            return sources, self.mean
+        self.finish()
+        if self.average is None:
+            self.average = torch.zeros(self.layout.shard, dtype=self.dtype, device=self.suspect.device)
+        return [self.average], 1.0
+
+    def finish(self) -> None:
+        """Averages the round in flight into `average`."""
+        if self.flight is None:
+            return
+        sources = list(self.flight.wait().unbind(0))
+        self.flight = None
+        if self.average is None:
+            if len(sources) == 1:
+                self.average = sources[0]
+                return
+            self.average = torch.empty(self.layout.shard, dtype=sources[0].dtype, device=sources[0].device)
+            reduce_(self.average, sources, self.mean, False)
+            return
+        if self.average.dtype != torch.float32 or len(sources) == 1:
+            self.average = self.average.to(torch.float32, copy=True)
+        reduce_(self.average, sources, self.mean, True)
+
+    def multiply(self, slot: int, factor: float) -> None:
+        """Scales what `average` holds of one slot, in fp32 (nothing is in flight)."""
+        if self.average is None:
+            return
+        self.average = self.average.float()
+        for part in self._parts(slot):
+            part.mul_(factor)
+
+    def discard(self, slot: int) -> None:
+        """Forgets one parameter's gradient in every form."""
+        self.arrived.pop(slot, None)
+        self.packed.discard(slot)
+        self.finish()
+        for flat in (self.full, self.local):
+            if flat is not None:
+                self.view(flat, slot).zero_()
+        if self.average is not None:
+            for part in self._parts(slot):
+                part.zero_()
+
+    def _parts(self, slot: int) -> list[Tensor]:
+        assert self.average is not None
+        pieces = self.layout.pieces(*self.layout.span(self.comm.rank))
+        return [self.average[p.offset : p.offset + p.stop - p.start] for p in pieces if p.slot == slot]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds gradients now."""
+        held = [t for t in (self.full, self.local, self.average) if t is not None]
+        return held + list(self.arrived.values())
+
+
+def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of these strides is contiguous (strides of dimensions of size 1 do not matter)."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True

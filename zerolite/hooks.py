@@ -1,0 +1,107 @@
+"""Every hook that zerolite registers, in one place. Each is one line that calls a verb; all can be removed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.bucket import Entry
+from zerolite.unit import Schedule, Unit
+
+
+class Hooks:
+    """The hooks of one optimizer."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+
+    def remove(self) -> None:
+        """Removes them all."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def on_gradient(self, entry: Entry, arrive: Callable[[Entry, Tensor], None]) -> None:
+        """arrive(entry, param) after autograd has accumulated p.grad."""
+        self.handles.append(entry.param.register_post_accumulate_grad_hook(lambda param: arrive(entry, param)))
+
+    def on_model(self, model: nn.Module, schedule: Schedule) -> None:
+        """The forward of the whole model: begin and end."""
+        begin = torch._dynamo.disable(lambda *_: schedule.begin())
+        end = torch._dynamo.disable(lambda *_: schedule.end(torch.is_grad_enabled()))
+        self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
+        self.handles.append(model.register_forward_hook(end))
+
+    def on_unit(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
+        """One unit: gather before, release after, and the same in the backward."""
+        inputs: list[list[Tensor]] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            schedule.enter(unit)
+            if not unit.reached:  # a recomputation needs no hooks, and may stop early, without `after`
+                inputs.append([t for t in tensors_in((args, kwargs)) if t.requires_grad])
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if unit.reached:
+                return
+            grad = torch.is_grad_enabled()
+            came = inputs.pop() if inputs else []
+            outputs = [t for t in tensors_in(output) if t.grad_fn is not None] if grad else []
+            if outputs:
+                self.on_backward(unit, schedule, outputs, came)
+            schedule.leave(unit, grad)
+
+        self.handles.append(
+            module.register_forward_pre_hook(torch._dynamo.disable(before), prepend=True, with_kwargs=True)
+        )
+        self.handles.append(module.register_forward_hook(torch._dynamo.disable(after), with_kwargs=True))
+
+    def on_backward(self, unit: Unit, schedule: Schedule, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+        """One call of a unit in the backward (these hooks go with the graph)."""
+        multi = torch.autograd.graph.register_multi_grad_hook
+        multi(outputs, lambda _: schedule.reach(unit, bool(inputs)), mode="any")
+        if inputs:
+            multi(inputs, lambda _: schedule.passed(unit), mode="all")
+
+    def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
+        """A module with parameters of `unit`, called perhaps without the unit's own module."""
+        ensure = torch._dynamo.disable(lambda *_: schedule.ensure(unit))
+        self.handles.append(module.register_forward_pre_hook(ensure, prepend=True))
+
+    def on_state_dict(self, module: nn.Module, fill: Callable[[nn.Module, dict[str, Any], str], None]) -> None:
+        """fill(module, state_dict, prefix) after a module has put its entries into a state dict."""
+        self.handles.append(
+            module.register_state_dict_post_hook(lambda m, state, prefix, _: fill(m, state, prefix))
+        )
+
+    def on_load(self, module: nn.Module, borrow: Callable[[nn.Module], None]) -> None:
+        """borrow(module) before a module copies entries of a state dict into its parameters."""
+        self.handles.append(module.register_load_state_dict_pre_hook(lambda m, *_: borrow(m)))
+
+    def on_loaded(self, model: nn.Module, give_back: Callable[[], None]) -> None:
+        """give_back() after the model has loaded a state dict."""
+        self.handles.append(model.register_load_state_dict_post_hook(lambda *_: give_back()))
+
+
+def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists, dicts, dataclasses and plain objects, in a fixed order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
+        return
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None), depth - 1)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from tensors_in(item, depth - 1)

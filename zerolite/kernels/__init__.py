@@ -1,0 +1,25 @@
+"""Fused kernels as `torch.library` ops, with a readable PyTorch implementation behind each.
+
+The dispatcher chooses: the native library where it is built and loaded, else `reference`. Callers
+contain no condition on device or instruction set.
+"""
+
+from zerolite.kernels.native import kernels_in_use, set_isa, set_threads, threads
+from zerolite.kernels.ops import ADAM_ROW, LIMBS, exceeds_, pack_, reduce_, reduce_adam_, square_sum_
+from zerolite.kernels.reference import join, split_
+
+__all__ = [
+    "ADAM_ROW",
+    "LIMBS",
+    "exceeds_",
+    "join",
+    "kernels_in_use",
+    "pack_",
+    "reduce_",
+    "reduce_adam_",
+    "set_isa",
+    "set_threads",
+    "split_",
+    "square_sum_",
+    "threads",
+]

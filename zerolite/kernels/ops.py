@@ -1,0 +1,84 @@
+"""Schemas of the `zerolite::` ops, one place, and their default implementation.
+
+All tensors of one call live on one device. Elementwise tensors are 1D, contiguous and of equal length.
+An index tensor `spans` is int64 of shape (n, 3): start, stop, and a row of another argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zerolite.kernels import reference
+
+#: Columns of `rows` in `reduce_adam_`, in the order of `AdamRow` in csrc/adam_math.h.
+ADAM_ROW = ("grad_scale", "l2", "decay", "mix1", "beta2", "mix2", "eps", "step_size")
+#: int64 words of one exact sum of squares: 19 limbs of 32 bits in units of 2^-298, then the non-finite count.
+LIMBS = reference.LIMBS
+
+_library = torch.library.Library("zerolite", "DEF")
+_library.define(
+    "reduce_adam_(Tensor(a!) param, Tensor(b!) rest, Tensor(c!) m, Tensor(d!) v, Tensor[] sources, "
+    "Tensor spans, Tensor rows, float mean) -> ()"
+)
+_library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
+_library.define("square_sum_(Tensor(a!) sums, Tensor src, Tensor spans) -> ()")
+_library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
+_library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets) -> ()")
+_library.define("use_isa(str name) -> bool")
+_library.define("isa() -> str")
+_library.define("threads(int count) -> int")
+
+for _name in ("reduce_adam_", "reduce_", "square_sum_", "exceeds_", "pack_"):
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zerolite::{_name}", lambda *_: None, lib=_library)
+
+
+def reduce_adam_(
+    param: Tensor,
+    rest: Tensor,
+    m: Tensor,
+    v: Tensor,
+    sources: list[Tensor],
+    spans: Tensor,
+    rows: Tensor,
+    mean: float,
+) -> None:
+    """Sums `sources` in order in fp32, averages, and applies Adam in place, in one pass over memory.
+
+    param    compute dtype: float32, bfloat16 or float16
+    rest     empty for float32; int16 remainder of bfloat16; float32 master of float16
+    m, v     float32 moments
+    sources  N tensors of one dtype, the same element range of N ranks' gradients; the average is
+             rounded to this dtype, as if one device had computed it
+    spans    elements to update and the row that holds their hyper-parameters
+    rows     float32 of shape (n, len(ADAM_ROW))
+    mean     factor of the sum, 1 / world size
+
+    Raises RuntimeError where a shape or dtype differs. Source: Kingma & Ba 2015, algorithm 1;
+    Loshchilov & Hutter 2019, algorithm 2.
+    """
+    torch.ops.zerolite.reduce_adam_(param, rest, m, v, sources, spans, rows, mean)
+
+
+def reduce_(out: Tensor, sources: list[Tensor], mean: float, accumulate: bool) -> None:
+    """out = average of `sources` (rounded to their dtype); with `accumulate`, out (float32) += average."""
+    torch.ops.zerolite.reduce_(out, sources, mean, accumulate)
+
+
+def square_sum_(sums: Tensor, src: Tensor, spans: Tensor) -> None:
+    """sums[row] += sum of squares of each span of `src`, exactly: the result does not depend on the cut.
+
+    sums  int64 of shape (n, LIMBS), fixed point; `reference.square_root` reads it
+    """
+    torch.ops.zerolite.square_sum_(sums, src, spans)
+
+
+def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
+    """flag[0] = 1 where an element of `src` is NaN or has a magnitude of `limit` or more; else untouched."""
+    torch.ops.zerolite.exceeds_(flag, src, limit)
+
+
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int]) -> None:
+    """Copies each contiguous gradient to out[offset : offset + numel]; dtypes are equal."""
+    torch.ops.zerolite.pack_(out, grads, offsets)

@@ -1,0 +1,112 @@
+"""The ops in plain PyTorch: fallback where nothing is compiled, and the oracle that kernels are tested against.
+
+Bits are the point, so each line is one IEEE operation in fp32, and three habits of PyTorch on CPU are
+avoided: `torch.sqrt` is not correctly rounded (hence the way through float64), division by a 0-dim
+tensor may become a multiplication, and `lerp`, `addcmul`, `addcdiv` and `add(alpha=...)` may fuse.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LIMBS = 20
+_UNIT = 298  # the unit of the fixed point is 2^-298, the square of the smallest subnormal
+
+
+def average(sources: list[Tensor], mean: float) -> Tensor:
+    """float32: `mean` times the sum of `sources` in order, rounded to their dtype."""
+    total = sources[0].float()
+    for source in sources[1:]:
+        total = total + source.float()
+    return (total * _fp32(mean)).to(sources[0].dtype).float()
+
+
+def reduce_adam_(
+    param: Tensor, rest: Tensor, m: Tensor, v: Tensor, sources: list[Tensor], spans: Tensor, rows: Tensor, mean: float
+) -> None:
+    table = rows.tolist()
+    for start, stop, row in spans.tolist():
+        grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = table[row]
+        here = slice(start, stop)
+        p = join(param[here], rest[here])
+        g = average([s[here] for s in sources], mean) * grad_scale
+        g = g + p * l2
+        p = p * decay
+        m1 = m[here] + (g - m[here]) * mix1
+        v1 = v[here] * beta2 + (g * g) * mix2
+        root = v1.double().sqrt().float()
+        p = p - (m1 / (root + eps)) * step_size
+        m[here] = m1
+        v[here] = v1
+        split_(param[here], rest[here], p)
+
+
+def reduce_(out: Tensor, sources: list[Tensor], mean: float, accumulate: bool) -> None:
+    value = average(sources, mean)
+    if accumulate:
+        if out.dtype != torch.float32:
+            raise RuntimeError(f"out: expected float32 to accumulate into, got {out.dtype}")
+        value = out + value
+    out.copy_(value)
+
+
+def square_sum_(sums: Tensor, src: Tensor, spans: Tensor) -> None:
+    mask = (1 << 24) - 1
+    for start, stop, row in spans.tolist():
+        bits = src[start:stop].float().view(torch.int32).long() & 0x7FFFFFFF
+        exponent, fraction = bits >> 23, bits & 0x7FFFFF
+        square = torch.where(exponent == 0, fraction, fraction | 0x800000) ** 2
+        low = torch.zeros(256, dtype=torch.int64, device=src.device).scatter_add_(0, exponent, square & mask).tolist()
+        high = torch.zeros(256, dtype=torch.int64, device=src.device).scatter_add_(0, exponent, square >> 24).tolist()
+        total = sum(int(limb) << (32 * k) for k, limb in enumerate(sums[row, : LIMBS - 1].tolist()))
+        total += sum(((high[e] << 24) + low[e]) << max(2 * e - 2, 0) for e in range(255))
+        words = [(total >> (32 * k)) & 0xFFFFFFFF for k in range(LIMBS - 1)]
+        nonfinite = int(sums[row, LIMBS - 1]) + int((exponent == 255).sum())
+        sums[row] = torch.tensor([*words, nonfinite], dtype=torch.int64)
+
+
+def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
+    if not bool((src.float().abs() < _fp32(limit)).all()):
+        flag.fill_(1)
+
+
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int]) -> None:
+    for grad, offset in zip(grads, offsets, strict=True):
+        out[offset : offset + grad.numel()] = grad.reshape(-1)
+
+
+def join(param: Tensor, rest: Tensor) -> Tensor:
+    """The float32 master that `param` and `rest` store together (a new tensor, or `param` itself in float32)."""
+    if param.dtype == torch.bfloat16:
+        return ((param.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+    return param if param.dtype == torch.float32 else rest
+
+
+def split_(param: Tensor, rest: Tensor, master: Tensor) -> None:
+    """Stores a float32 `master` into `param` and `rest`, lossless; bfloat16 rounds to nearest, ties away from zero."""
+    if param.dtype == torch.bfloat16:
+        bits = master.contiguous().view(torch.int32)
+        rest.copy_(bits.to(torch.int16))
+        param.view(torch.int16).copy_(((bits + 0x8000) >> 16).to(torch.int16))
+        return
+    if param.dtype != torch.float32:
+        rest.copy_(master)
+    param.copy_(master)
+
+
+def square_root(limbs: list[int]) -> float:
+    """The square root of an exact sum (a row of `square_sum_`, limbs added over ranks), inf where it is not finite."""
+    if limbs[LIMBS - 1]:
+        return math.inf
+    total = sum(limb << (32 * k) for k, limb in enumerate(limbs[: LIMBS - 1]))
+    if total == 0:
+        return 0.0
+    # 128 guard bits: isqrt's truncation is far below one unit in the last place of binary64.
+    return math.ldexp(math.isqrt(total << 128), -_UNIT // 2 - 64)
+
+
+def _fp32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float32).item()

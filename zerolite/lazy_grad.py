@@ -1,0 +1,210 @@
+"""`p.grad` after backward: a tensor with the parameter's shape and dtype and no storage.
+
+The gradient itself is in a bucket, perhaps on another rank. What training loops do with `p.grad` works
+through a few ops; anything else reads it from the bucket. Nothing here returns a stale or local value.
+
+    norms          exact, over all ranks, computed for all parameters at once and cached
+    mul_, div_     by a number: recorded, and applied inside the update (clipping costs no pass that writes)
+    GradScaler     the finite check over all ranks, the scale recorded
+    add_           a further backward
+    zero_          zeroes
+    other reads    the averaged gradient, gathered: a collective, so every rank must read
+    other writes   the same, and the written tensor then replaces the gradient
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from zerolite.bucket import Entry
+
+_aten = torch.ops.aten
+
+
+class Source(Protocol):
+    """Where a handle reads and records (the optimizer's `Grads`)."""
+
+    def arrive(self, entry: Entry, grad: Tensor) -> None: ...
+    def norm(self, entry: Entry, order: float) -> float: ...
+    def finite(self) -> bool: ...
+    def read(self, entry: Entry) -> Tensor: ...
+    def zero(self, entry: Entry) -> None: ...
+
+
+class LazyGrad(Tensor):
+    """The handle that `p.grad` holds."""
+
+    entry: Entry
+    source: Source
+    incoming: Tensor | None  # a gradient that autograd added, for the hook that follows
+
+    @staticmethod
+    def __new__(cls, entry: Entry, source: Source, dtype: torch.dtype) -> LazyGrad:
+        p = entry.param
+        handle = Tensor._make_wrapper_subclass(cls, p.shape, strides=p.stride(), dtype=dtype, device=p.device)  # type: ignore[attr-defined]
+        handle.entry = entry
+        handle.source = source
+        handle.incoming = None
+        return handle
+
+    def __init__(self, entry: Entry, source: Source, dtype: torch.dtype) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
+        return f"LazyGrad('{self.entry.name}', shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"p.grad of '{self.entry.name}' is a handle and cannot be pickled. Pickle p.grad.clone().")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.source.read(self.entry)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        special = _SPECIAL.get(func.overloadpacket)
+        if special is not None:
+            result = special(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return _materialised(func, args, kwargs)
+
+
+def _norm(func: Any, args: Any, kwargs: Any) -> Any:
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    if any(args[2:4]) or any(kwargs.get(name) for name in ("dim", "keepdim")):
+        return NotImplemented
+    handle = args[0]
+    return _norm_tensor(handle, float(order))
+
+
+def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    order = float(args[1]) if len(args) > 1 else float(kwargs.get("ord", 2))
+    return [_norm_tensor(g, order) if isinstance(g, LazyGrad) else torch.linalg.vector_norm(g, order) for g in args[0]]
+
+
+def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
+    entry = handle.entry
+    _check(entry)
+    value = handle.source.norm(entry, order)
+    if order != 0.0:
+        value *= abs(entry.factor)
+    return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+
+
+def _scale(func: Any, args: Any, kwargs: Any) -> Any:
+    handle, by = args[0], args[1]
+    if not isinstance(handle, LazyGrad) or isinstance(by, LazyGrad) or (isinstance(by, Tensor) and by.dim() > 0):
+        return NotImplemented
+    _check(handle.entry)
+    handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(by))
+    return handle
+
+
+def _apply(packet: Any, factor: float, by: float) -> float:
+    if packet in (_aten.mul_, _aten._foreach_mul_):
+        return factor * by
+    return factor / by if by != 0.0 else math.nan
+
+
+def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
+    handles, by = args[0], args[1]
+    if not all(isinstance(handle, LazyGrad) for handle in handles) or (isinstance(by, Tensor) and by.dim() > 0):
+        return NotImplemented
+    factors = by if isinstance(by, (list, tuple)) else [float(by)] * len(handles)
+    if any(isinstance(factor, Tensor) and factor.dim() > 0 for factor in factors):
+        return NotImplemented
+    for handle, factor in zip(handles, factors, strict=True):
+        _check(handle.entry)
+        handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(factor))
+    return None
+
+
+def _unscale(func: Any, args: Any, kwargs: Any) -> Any:
+    grads, found_inf, inv_scale = args
+    handles = [grad for grad in grads if isinstance(grad, LazyGrad)]
+    plain = [grad for grad in grads if not isinstance(grad, LazyGrad)]
+    if plain:
+        torch._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inv_scale)
+    if handles and not handles[0].source.finite():
+        found_inf.fill_(1.0)
+    for handle in handles:
+        _check(handle.entry)
+        handle.entry.factor *= float(inv_scale)
+    return None
+
+
+def _add(func: Any, args: Any, kwargs: Any) -> Any:
+    handle, other = args[0], args[1]
+    if not isinstance(handle, LazyGrad) or not torch._C._current_graph_task_id() >= 0 or kwargs.get("alpha", 1) != 1:
+        return NotImplemented
+    handle.incoming = other  # autograd accumulates; the post-accumulate hook collects it
+    return handle
+
+
+def _zero(func: Any, args: Any, kwargs: Any) -> Any:
+    handle = args[0]
+    handle.source.zero(handle.entry)
+    return handle
+
+
+def _foreach_zero(func: Any, args: Any, kwargs: Any) -> Any:
+    for grad in args[0]:
+        grad.zero_()
+
+
+def _same(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]
+
+
+_SPECIAL: dict[Any, Callable[[Any, Any, Any], Any]] = {
+    _aten.linalg_vector_norm: _norm,
+    _aten._foreach_norm: _foreach_norm,
+    _aten.mul_: _scale,
+    _aten.div_: _scale,
+    _aten._foreach_mul_: _foreach_scale,
+    _aten._foreach_div_: _foreach_scale,
+    _aten._amp_foreach_non_finite_check_and_unscale_: _unscale,
+    _aten.add_: _add,
+    _aten.zero_: _zero,
+    _aten._foreach_zero_: _foreach_zero,
+    _aten.detach: _same,
+    _aten.detach_: _same,
+}
+
+
+def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs an op on the real gradients; what it writes to a handle becomes that parameter's p.grad."""
+    read: dict[int, tuple[LazyGrad, Tensor]] = {}
+
+    def unwrap(value: Any) -> Any:
+        if not isinstance(value, LazyGrad):
+            return value
+        if id(value) not in read:
+            _check(value.entry)
+            read[id(value)] = (value, value.source.read(value.entry))
+        return read[id(value)][1]
+
+    versions = {}
+    real_args, real_kwargs = pytree.tree_map(unwrap, (args, kwargs))
+    versions = {key: tensor._version for key, (_, tensor) in read.items()}
+    result = func(*real_args, **real_kwargs)
+    for key, (handle, tensor) in read.items():
+        if tensor._version != versions[key]:
+            handle.entry.param.grad = tensor.to(handle.entry.param.dtype)
+    return result
+
+
+def _check(entry: Entry) -> None:
+    if entry.consumed:
+        raise RuntimeError(
+            f"p.grad of '{entry.name}': expected a gradient, got one that optimizer.step() used up. Read it between "
+            "backward() and step(); call optimizer.zero_grad() before the next backward()."
+        )

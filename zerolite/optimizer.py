@@ -1,0 +1,320 @@
+"""ZeroOptimizer: the one line that a training script adds."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zerolite import checkpoint
+from zerolite.bucket import Bucket, Entry
+from zerolite.build import Built, build, late_buckets
+from zerolite.comm import Comm
+from zerolite.comm.group import GroupComm
+from zerolite.comm.local import LocalComm
+from zerolite.grads import Grads
+from zerolite.memory import Memory, measure
+from zerolite.plan import Plan
+from zerolite.update import Target
+from zerolite.whole import full_params
+
+DEFAULT_BUCKET_MB = 25.0
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer: its states, and the gradients and parameters too, are cut over the ranks of a process group.
+
+    Args:
+        optimizer: a torch.optim.Optimizer whose update is elementwise. Adam and AdamW run on the fused
+            kernels; others run their own `step` on this rank's shard, in fp32. Its param_groups stay in use.
+        model: the module that owns the parameters; needed for stage 3, names errors and checkpoints elsewhere.
+        stage: 0 nothing is sharded, 1 optimizer states, 2 gradients too, 3 parameters too.
+        offload: None, "states" (states and gradients at rest count as host memory) or "all" (parameters too; stage 3).
+        param_dtype: compute dtype, e.g. torch.bfloat16. An fp32 parameter keeps its low bits in the optimizer.
+        moments: storage of Adam's moments, "fp32".
+        units: module classes that are gathered as one at stage 3; None: children of the outermost ModuleLists and
+            Sequentials.
+        bucket_mb: size of a bucket in MiB of compute dtype; a parameter is never split between buckets.
+        process_group: a torch.distributed group; None: the default group, or a world of one.
+
+    Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
+    on every rank and before anything is changed, for what is not supported or differs between ranks.
+    """
+
+    plan: Plan
+    skipped_steps: int  # steps left out because a gradient was not finite
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None = None,
+        *,
+        stage: int = 2,
+        offload: str | None = None,
+        param_dtype: torch.dtype | None = None,
+        moments: str = "fp32",
+        units: Iterable[type[nn.Module]] | None = None,
+        bucket_mb: float = DEFAULT_BUCKET_MB,
+        process_group: Any = None,
+    ) -> None:
+        self._built: Built | None = None
+        comm = make_comm(process_group)
+        options = {
+            "stage": stage,
+            "offload": offload,
+            "param_dtype": param_dtype,
+            "moments": moments,
+            "units": units,
+            "bucket_mb": bucket_mb,
+        }
+        built = build(optimizer, model, options, comm)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._inner = optimizer
+        self.param_groups = optimizer.param_groups
+        for name, value in vars(optimizer).items():
+            if name.startswith("_optimizer_") and name.endswith("_hooks"):
+                setattr(self, name, value)  # hooks registered on the user's optimizer go on
+        self._built = built
+        self.skipped_steps = 0
+        self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
+        if optimizer.state:
+            checkpoint.load_state(optimizer.state_dict(), self.param_groups, self._trained, comm)
+            optimizer.state.clear()
+
+    # ---- the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update on all ranks (a collective). Returns the closure's loss.
+
+        A step whose gradients are not finite on any rank changes nothing on all ranks and counts in
+        `skipped_steps`. Raises RankError where ranks took different paths, RuntimeError where gradients were used
+        up or a parameter was replaced.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers built on the user's optimizer
+        return loss
+
+    def _step(self) -> None:
+        built = self._parts
+        built.check_replaced()
+        if built.schedule is not None:
+            built.schedule.release_all()
+        present = built.reducer.agree(built.entries, built.grads.scan())
+        late = [e for e in built.entries if present[e.index] and (e.bucket is None or not e.bucket.trained)]
+        if late:
+            self._adopt(late)
+            present = built.reducer.agree(built.entries, built.grads.scan())
+        used = [entry for entry in built.entries if present[entry.index]]
+        if used and not (all(abs(e.factor) < float("inf") for e in used) and built.reducer.finite()):
+            self._skip()
+        elif used:
+            self._update(present)
+            for entry in used:
+                entry.steps += 1
+        built.grads.use_up()
+        self._whole = None
+
+    def _update(self, present: list[bool]) -> None:
+        built = self._parts
+        buckets = [b for b in self._trained if any(present[e.index] for e in b.entries)]
+        for bucket in buckets:
+            bucket.keep_writes()
+        built.reducer.begin(buckets[:1])
+        for position, bucket in enumerate(buckets):
+            built.reducer.begin(buckets[position + 1 : position + 2])
+            bucket.update(_targets(bucket, present))
+            bucket.wrote()
+            bucket.publish()
+        for bucket in buckets:
+            bucket.finish_publish()
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        if self.skipped_steps == 1:
+            warnings.warn(
+                "zerolite: a gradient is not finite; this step changed nothing on any rank (optimizer.skipped_steps counts them).",
+                stacklevel=4,
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears all gradients, as torch.optim.Optimizer.zero_grad."""
+        self._parts.grads.clear(set_to_none)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scales gradients so that their total norm is at most `max_norm`; returns the norm (fp32, a collective)."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+
+    @contextmanager
+    def no_sync(self) -> Any:
+        """Backward passes inside stay on their rank, summed in fp32; the next one outside includes them."""
+        reducer = self._parts.reducer
+        before, reducer.sync = reducer.sync, False
+        try:
+            yield
+        finally:
+            reducer.sync = before
+
+    # ---- reading
+
+    @contextmanager
+    def full_params(self) -> Any:
+        """Parameters whole on every rank inside (a collective); what every rank writes to them is kept."""
+        schedule = self._parts.schedule
+        if schedule is None:
+            yield
+        else:
+            with torch.no_grad(), full_params(schedule):
+                yield
+
+    def full_grads(self) -> dict[str, Tensor]:
+        """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
+        built = self._parts
+        present = built.reducer.agree(built.entries, built.grads.scan())
+        return {e.name: built.grads.read(e) for e in built.entries if present[e.index] and e.bucket is not None}
+
+    def full_state(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state by parameter name, whole, on the CPU of every rank (a collective)."""
+        return checkpoint.whole_states(self._trained, self._parts.comm)
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """This rank's part of the state by parameter: 1D views of the elements it owns."""
+        found: dict[Tensor, dict[str, Any]] = {}
+        if self._built is not None:
+            for bucket in self._trained:
+                assert bucket.state is not None
+                for number, piece in enumerate(bucket.pieces):
+                    entry = bucket.entries[piece.slot]
+                    if entry.steps > 0:
+                        found[entry.param] = {"step": torch.tensor(float(entry.steps)), **bucket.state.read(number)}
+        return found
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """torch.optim.Optimizer assigns an empty dict when it is built; states live in buckets."""
+
+    def memory(self) -> Memory:
+        """Bytes at rest by term, as planned and as live now."""
+        return measure(self.plan, self._parts.buckets)
+
+    @property
+    def plan(self) -> Plan:  # type: ignore[no-redef]
+        """What rests sharded, where, and how many bytes it takes."""
+        return self._parts.plan
+
+    # ---- state dicts
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's part, without communication; after consolidate_state_dict(), on that rank, the whole."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        whole = self._whole
+        if whole is not None:
+            state = {**whole, "param_groups": checkpoint.packed_groups(self.param_groups)}
+        else:
+            state = checkpoint.part_state_dict(self.param_groups, self._trained, self._parts.comm)
+        for post in self._optimizer_state_dict_post_hooks.values():
+            result = post(self, state)
+            state = state if result is None else result
+        return state
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gathers the whole state on rank `to` (a collective); state_dict() there returns it until the next step."""
+        comm = self._parts.comm
+        if not 0 <= to < comm.size:
+            raise ValueError(f"consolidate_state_dict: expected a rank from 0 to {comm.size - 1}, got {to}")
+        self._whole = checkpoint.whole_state_dict(self.param_groups, self._trained, comm, comm.rank == to)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Loads this rank's part at the same layout, or a whole state dict, also one of torch.optim, at any.
+
+        Load the model first. Raises ValueError, before anything is written, where groups, shapes or pieces differ.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        checkpoint.load_state(state_dict, self.param_groups, self._trained, self._parts.comm)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        self._whole = None
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    # ---- parameters that come later
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as torch.optim.Optimizer.add_param_group (a collective: every rank adds it)."""
+        if self._built is None:
+            super().add_param_group(param_group)
+            return
+        super().add_param_group(param_group)
+        try:
+            added = self._built.add_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._adopt([entry for entry in added if entry.param.requires_grad])
+
+    def _adopt(self, entries: list[Entry]) -> None:
+        """Gives states to parameters that were frozen, or not there, when the optimizer was built."""
+        late_buckets(self._parts, entries)
+
+    # ---- the rest
+
+    @property
+    def _parts(self) -> Built:
+        assert self._built is not None
+        return self._built
+
+    @property
+    def _trained(self) -> list[Bucket]:
+        return [bucket for bucket in self._parts.buckets if bucket.trained]
+
+    def remove_hooks(self) -> None:
+        """Detaches from autograd and the model; the optimizer cannot be used afterwards."""
+        self._parts.hooks.remove()
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer of {self._inner!r}\n{self.plan}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("ZeroOptimizer cannot be pickled or copied: it belongs to a process group. Save state_dict().")
+
+
+def _targets(bucket: Bucket, present: list[bool]) -> list[Target]:
+    """What a step updates in the range that this rank updates."""
+    targets = []
+    for number, piece in enumerate(bucket.pieces):
+        entry = bucket.entries[piece.slot]
+        if present[entry.index] and entry.group is not None:
+            stop = piece.offset + piece.stop - piece.start
+            targets.append(Target(number, piece.offset, stop, entry.group, entry.steps + 1, entry.factor))
+    return targets
+
+
+def make_comm(process_group: Any) -> Comm:
+    """The communication of a group: the given one, the default one, or a world of one."""
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup) and hasattr(process_group, "exchange"):
+        return process_group  # a Comm of its own (tests)
+    if dist.is_available() and dist.is_initialized():
+        return GroupComm(process_group)
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if process_group is not None or ranks != "1":
+        raise RuntimeError(
+            f"expected an initialised process group, got none (WORLD_SIZE={ranks}). Call "
+            'torch.distributed.init_process_group("gloo") before ZeroOptimizer is built.'
+        )
+    return LocalComm()

@@ -1,0 +1,122 @@
+"""Which parameters travel together: units of a model, and the checks that every parameter passes.
+
+A *unit* is gathered and released as one where parameters rest sharded. By default each child of an
+outermost ModuleList or Sequential is a unit (the blocks of a transformer), and what remains is the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class UnitSpec:
+    """A module and the parameters that are gathered with it (root: module=None takes the rest)."""
+
+    name: str
+    module: nn.Module | None
+    params: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+
+
+def find_units(model: nn.Module, classes: Iterable[type[nn.Module]] | None) -> list[UnitSpec]:
+    """Root first, then the units in the order of the module tree, each parameter in one of them.
+
+    A parameter that two units use (tied weights) belongs to the root, which stays gathered while they run.
+    Raises TypeError where `classes` holds something else than module classes, ValueError where none occurs.
+    """
+    chosen = tuple(classes) if classes is not None else None
+    if chosen is not None and not all(isinstance(c, type) and issubclass(c, nn.Module) for c in chosen):
+        raise TypeError(f"units: expected nn.Module classes such as [TransformerBlock], got {chosen!r}")
+    units: list[UnitSpec] = []
+
+    def walk(module: nn.Module, name: str) -> None:
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            listed = isinstance(module, (nn.ModuleList, nn.Sequential))
+            is_unit = isinstance(child, chosen) if chosen is not None else listed
+            if is_unit and any(True for _ in child.parameters()):
+                units.append(UnitSpec(path, child))
+            else:
+                walk(child, path)
+
+    walk(model, "")
+    if chosen is not None and not units:
+        names = ", ".join(c.__name__ for c in chosen)
+        raise ValueError(f"units: no module of class {names} in the model. Name a class that occurs in it.")
+    root = UnitSpec("root", None)
+    owner: dict[nn.Parameter, UnitSpec] = {}
+    for unit in units:
+        assert unit.module is not None
+        for p in unit.module.parameters():
+            owner[p] = root if p in owner else unit
+    inside = {m for unit in units if unit.module is not None for m in unit.module.modules()}
+    for module in model.modules():
+        if module not in inside:
+            for p in module.parameters(recurse=False):
+                owner[p] = root
+    for name, p in model.named_parameters():
+        owner[p].params.append((name, p))
+    return [unit for unit in [root, *units] if unit.params]
+
+
+def names_of(model: nn.Module | None, groups: list[dict]) -> dict[nn.Parameter, str]:
+    """A name for each parameter: the model's, the optimizer's own (named parameters), or its position."""
+    names: dict[nn.Parameter, str] = {}
+    if model is not None:
+        for name, p in model.named_parameters():
+            names.setdefault(p, name)
+    for g, group in enumerate(groups):
+        given = group.get("param_names")
+        for k, p in enumerate(group["params"]):
+            names.setdefault(p, given[k] if given is not None else f"group {g} parameter {k}")
+    return names
+
+
+def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
+    """Raises TypeError or ValueError for a parameter that cannot be partitioned."""
+    if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor"):
+        raise TypeError(
+            f"parameter '{name}': expected a plain parameter, got a DTensor, which FSDP or tensor parallelism has sharded "
+            "already. Use the plain model and let zerolite shard it."
+        )
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
+            "optimizer's param groups."
+        )
+    if p.is_meta:
+        raise ValueError(
+            f"parameter '{name}': expected a tensor with values, got one on the meta device. Call model.to_empty(device=...) "
+            "and initialise it first."
+        )
+    if p.device != device:
+        raise ValueError(
+            f"parameter '{name}': expected device {device} as the first parameter, got {p.device}. Move the model to one device."
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter '{name}': expected a dense tensor, got layout {p.layout}.")
+
+
+def check_model(model: nn.Module | None) -> None:
+    """Raises for models that another wrapper already reduces or shards, and for sparse gradients."""
+    if model is None:
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or kind.startswith("FSDP"):
+            raise TypeError(
+                f"model: expected a plain module, got {kind}{f' at {name!r}' if name else ''}. zerolite averages and shards "
+                "gradients itself; pass the model without that wrapper."
+            )
+        if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"module '{name}': expected dense gradients, got {kind}(sparse=True). Build it with sparse=False."
+            )

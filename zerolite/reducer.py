@@ -1,0 +1,185 @@
+"""When buckets are exchanged, and what ranks agree on before a step.
+
+Buckets go out in one fixed order, last parameters first, on every rank: a bucket that is complete waits for
+the ones before it. So ranks that use different parameters still exchange the same buckets in the same order;
+what a rank lacks counts as 0.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zerolite.bucket import Bucket, Entry
+from zerolite.comm import Comm
+from zerolite.comm.ledger import RankError
+from zerolite.gradient import Gradients
+from zerolite.plan import Plan
+
+
+class Reducer:
+    """Gradients of all buckets."""
+
+    plan: Plan
+    comm: Comm
+    order: list[Bucket]  # trained buckets in the order in which they go out
+    suspect: Tensor  # int64 [1]: see Gradients.suspect
+    sync: bool  # False inside no_sync()
+    active: bool  # a backward is under way
+    open: bool  # something was collected that has not gone out
+    local: bool  # part of it was collected under no_sync()
+    next: int  # position in `order` of the next bucket to go out in this backward
+    version: int  # counts changes of any gradient, for caches
+    at_end: list[Callable[[], None]]  # called when a backward is over
+
+    def __init__(self, plan: Plan, comm: Comm, device: torch.device) -> None:
+        self.plan = plan
+        self.comm = comm
+        self.order = []
+        self.suspect = torch.zeros(1, dtype=torch.int64, device=device)
+        self.sync = True
+        self.version = 0
+        self.at_end = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every gradient and any backward that was under way."""
+        for bucket in self.order:
+            grads_of(bucket).clear()
+        self.active = self.open = self.local = False
+        self.next = 0
+        self.version += 1
+        self.suspect.zero_()
+
+    def add(self, buckets: list[Bucket]) -> None:
+        """Takes trained buckets, in the order of the forward pass."""
+        self.order = list(reversed(buckets)) + self.order
+
+    # ---- backward
+
+    def enter(self) -> None:
+        """A backward is under way: what an earlier one left goes out first, and `leave` follows at its end."""
+        if self.active:
+            return
+        if self.sync and self.open and not self.local:
+            self.flush()
+        for bucket in self.order:
+            grads_of(bucket).expected = sum(entry.param.requires_grad for entry in bucket.entries)
+        self.active = True
+        self.next = 0
+        torch.autograd.Variable._execution_engine.queue_callback(self.leave)  # type: ignore[attr-defined]
+
+    def collect(self, entry: Entry, grad: Tensor) -> None:
+        """Takes one parameter's gradient from autograd."""
+        self.enter()
+        self.version += 1
+        grads = grads_of(entry.bucket)
+        if entry.factor != 1.0:  # clipped or unscaled before this backward: that part keeps its factor
+            self.flush()
+            grads.multiply(entry.slot, entry.factor)
+            entry.factor = 1.0
+        entry.live = True
+        self.open = True
+        if not self.sync:
+            self.local = True
+            grads.hold(entry.slot, grad)
+            return
+        if grads.holds(entry.slot):
+            grads.start(self.local)
+        grads.put(entry.slot, grad)
+        if self.plan.grads.sharded and grads.complete:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Sends complete buckets while they are next in order; the one sent before is averaged meanwhile."""
+        while self.next < len(self.order) and grads_of(self.order[self.next]).complete:
+            grads_of(self.order[self.next]).start(self.local)
+            if self.next > 0:
+                grads_of(self.order[self.next - 1]).finish()
+            self.next += 1
+
+    def leave(self) -> None:
+        """The backward is over: where gradients rest sharded, what is left goes out."""
+        if self.active and self.plan.grads.sharded and self.sync:
+            for bucket in self.order[self.next :]:
+                grads_of(bucket).start(self.local)
+            for bucket in self.order:
+                grads_of(bucket).finish()
+            self.open = self.local = False
+        self.active = False
+        self.next = 0
+        for call in self.at_end:
+            call()
+
+    def flush(self) -> None:
+        """Everything collected goes out, in order, and is averaged."""
+        for bucket in self.order:
+            grads_of(bucket).start(self.local)
+        for bucket in self.order:
+            grads_of(bucket).finish()
+        self.open = self.local = False
+
+    def settle(self, what: str) -> None:
+        """Every rank's gradients are averaged (a collective; ranks agree first on whether anything is open)."""
+        state = torch.tensor([int(self.open), int(self.local)])
+        self.comm.max_(state, what)
+        self.open, self.local = bool(state[0]), bool(state[1])
+        if self.open:
+            self.flush()
+
+    # ---- before a step
+
+    def agree(self, entries: list[Entry], present: list[bool]) -> list[bool]:
+        """Which parameters have a gradient on any rank; also compares ledgers and looks for non-finite values.
+
+        Raises RankError where ranks took different paths. Leaves `suspect` equal on all ranks.
+        """
+        ledger = self.comm.ledger
+        digest, mark = ledger.digest, zlib.crc32(bytes(present))
+        for bucket in self.order:
+            grads_of(bucket).pack()
+        values = [digest, -digest, mark, -mark, int(self.suspect), int(self.open), int(self.local)]
+        agreed = torch.tensor(values)
+        self.comm.max_(agreed, "step agreement")
+        if int(agreed[0]) != -int(agreed[1]):
+            recent = self.comm.share(list(ledger.recent), "step disagreement")
+            raise RankError(
+                "ranks took different paths before step(): "
+                + "; ".join(f"rank {rank} last did {calls[-4:-1]}" for rank, calls in enumerate(recent))
+                + ". No state was changed. A module that only some ranks use must be gathered with its parent (units=...)."
+            )
+        self.suspect.fill_(agreed[4])
+        self.open, self.local = bool(agreed[5]), bool(agreed[6])
+        if int(agreed[2]) != -int(agreed[3]):
+            union = torch.tensor(present, dtype=torch.int64)
+            self.comm.max_(union, "step presence")
+            present = [bool(flag) for flag in union.tolist()]
+        return present
+
+    def finite(self) -> bool:
+        """Whether every averaged gradient is finite on every rank; exact where a large value was seen, else free."""
+        if not bool(self.suspect):
+            return True
+        if self.open:
+            self.flush()
+        bad = torch.zeros(1, dtype=torch.int64, device=self.suspect.device)
+        for bucket in self.order:
+            average = grads_of(bucket).average
+            if average is not None:
+                torch.ops.zerolite.exceeds_(bad, average, float("inf"))
+        self.comm.max_(bad, "step finite")
+        return not bool(bad)
+
+    def begin(self, buckets: list[Bucket]) -> None:
+        """Starts the exchange of buckets that are about to be updated, if anything has not gone out."""
+        for bucket in buckets if self.open else []:
+            grads_of(bucket).start(self.local)
+
+
+def grads_of(bucket: Bucket) -> Gradients:
+    """The gradients of a trained bucket."""
+    assert bucket.grads is not None
+    return bucket.grads

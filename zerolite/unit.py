@@ -1,0 +1,169 @@
+"""Units: modules whose parameters are whole only while they are in use, where parameters rest sharded.
+
+    forward     enter -> gather my buckets, prefetch the unit that followed last time -> run -> leave: release
+    backward    reach (a gradient enters one of my outputs) -> gather, prefetch the unit before me
+                -> done (my inputs' gradients exist, my parameters' gradients are collected): release
+
+The root unit (what belongs to no other unit) stays whole from the forward to the end of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zerolite.bucket import Bucket
+
+
+class Unit:
+    """Buckets that are gathered and released together."""
+
+    name: str
+    buckets: list[Bucket]
+    is_root: bool
+    reached: bool  # the backward needs it now
+    inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
+    collected: int  # gradients that arrived in this backward
+
+    def __init__(self, name: str, buckets: list[Bucket], is_root: bool) -> None:
+        self.name = name
+        self.buckets = buckets
+        self.is_root = is_root
+        self.forget()
+
+    def forget(self) -> None:
+        """No backward needs the unit."""
+        self.reached = False
+        self.inputs = 0
+        self.collected = 0
+
+    @property
+    def expected(self) -> int:
+        """Gradients that a backward through all of the unit collects."""
+        return sum(entry.param.requires_grad for bucket in self.buckets for entry in bucket.entries)
+
+    @property
+    def shown(self) -> bool:
+        """Whether the parameters are whole and visible."""
+        return all(bucket.whole and bucket.pending is None for bucket in self.buckets)
+
+    def gather(self) -> None:
+        for bucket in self.buckets:
+            bucket.gather()
+
+    def ready(self) -> None:
+        for bucket in self.buckets:
+            bucket.gather()
+        for bucket in self.buckets:
+            bucket.ready()
+
+    def release(self) -> None:
+        for bucket in self.buckets:
+            bucket.release()
+
+
+class Schedule:
+    """The order of units, learnt from the last forward, and what is prefetched."""
+
+    units: list[Unit]
+    order: list[Unit]  # units in the order of their first use in the last complete forward
+    seen: list[Unit]  # the same for the forward under way
+    borrowed: Unit | None  # gathered for someone who reads or writes parameters outside of a forward
+    in_backward: Callable[[], bool]
+    begin_backward: Callable[[], None]
+
+    def __init__(self, units: list[Unit], in_backward: Callable[[], bool], begin_backward: Callable[[], None]) -> None:
+        self.units = units
+        self.in_backward = in_backward
+        self.begin_backward = begin_backward
+        self.order = []
+        self.seen = []
+        self.borrowed = None
+
+    def begin(self) -> None:
+        """A forward of the whole model starts (a recomputation inside a backward changes nothing)."""
+        if self.in_backward():
+            return
+        self.give_back()
+        self.seen = []
+        for unit in self.units:
+            unit.forget()
+
+    def enter(self, unit: Unit) -> None:
+        """The forward needs `unit` now."""
+        if unit not in self.seen:
+            self.seen.append(unit)
+        unit.ready()
+        if not unit.reached:
+            self._prefetch(unit, -1 if self.in_backward() else 1)
+
+    def ensure(self, unit: Unit) -> None:
+        """A part of `unit` runs, perhaps without the unit's own forward."""
+        if not unit.shown:
+            self.enter(unit)
+
+    def _prefetch(self, unit: Unit, step: int) -> None:
+        if unit not in self.order:
+            return
+        position = self.order.index(unit) + step
+        if 0 <= position < len(self.order):
+            self.order[position].gather()
+
+    def leave(self, unit: Unit, grad: bool) -> None:
+        """The forward has left `unit`; the last one is kept for the backward that follows."""
+        if unit.reached or unit.is_root:
+            return
+        if grad and self.order and unit is self.order[-1]:
+            return
+        unit.release()
+
+    def end(self, grad: bool) -> None:
+        """The forward of the whole model is over."""
+        if self.in_backward():
+            return
+        self.order = [unit for unit in self.seen]
+        if not grad:
+            self.release_all()
+
+    def reach(self, unit: Unit, has_inputs: bool) -> None:
+        """The backward enters `unit`."""
+        self.begin_backward()
+        unit.reached = True
+        unit.inputs += has_inputs
+        unit.ready()
+        self._prefetch(unit, -1)
+
+    def passed(self, unit: Unit) -> None:
+        """The gradients of one call's inputs exist."""
+        unit.inputs = max(unit.inputs - 1, 0)
+        self._done(unit)
+
+    def collected(self, unit: Unit) -> None:
+        """One of the unit's gradients was collected."""
+        unit.collected += 1
+        self._done(unit)
+
+    def _done(self, unit: Unit) -> None:
+        if unit.reached and not unit.is_root and unit.inputs == 0 and unit.collected >= unit.expected:
+            unit.release()
+            unit.forget()
+
+    def release_all(self) -> None:
+        """Nothing is in use: the end of a backward, of a forward without gradients, or a step."""
+        for unit in self.units:
+            unit.release()
+            unit.forget()
+        self.borrowed = None
+
+    def borrow(self, unit: Unit) -> None:
+        """Makes one unit whole for a reader outside of forward and backward; the one before it goes back."""
+        if self.borrowed is unit:
+            return
+        self.give_back()
+        unit.ready()
+        self.borrowed = unit
+
+    def give_back(self) -> None:
+        """Releases the borrowed unit; values written to it are kept."""
+        if self.borrowed is not None:
+            self.borrowed.release()
+            self.borrowed = None

@@ -1,0 +1,272 @@
+"""Optimizer rules on a range of a bucket: Adam on the fused kernels, any other elementwise optimizer by its own step.
+
+A rule's state covers one element range of one bucket. `Target` says which part of it a step updates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zerolite.kernels import join, reduce_, reduce_adam_, split_
+from zerolite.layout import Piece
+
+
+@dataclass(frozen=True)
+class Target:
+    """One piece to update: its position in `pieces`, the element range, and what scales it."""
+
+    piece: int
+    start: int
+    stop: int
+    group: dict[str, Any]  # the user's param group, read at every step
+    steps: int  # updates of this parameter, this one included
+    factor: float  # product of the recorded gradient factors (clipping, unscaling)
+
+
+class State(Protocol):
+    """Optimizer states of one element range of a bucket."""
+
+    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
+        """Updates the targets of `param` and `rest` from the average of `sources`."""
+        ...
+
+    def read(self, piece: int) -> dict[str, Any]:
+        """The state of one piece, under torch's names; tensors are views."""
+        ...
+
+    def write(self, piece: int, values: dict[str, Any]) -> None:
+        """Replaces the state of one piece."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of elements that is held."""
+        ...
+
+
+class Rule(Protocol):
+    """How one optimizer class updates."""
+
+    width: int  # bytes of state an element, without remainder or master
+
+    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> State: ...
+
+
+class AdamRule:
+    """torch.optim.Adam and AdamW (without amsgrad) on `reduce_adam_`; moments in fp32."""
+
+    width = 8
+
+    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> AdamState:
+        return AdamState(pieces, numel, device)
+
+
+class AdamState:
+    """Two fp32 moments for each element of a range."""
+
+    pieces: Sequence[Piece]
+    m: Tensor  # 1D, fp32: exponential average of gradients
+    v: Tensor  # 1D, fp32: exponential average of their squares
+
+    def __init__(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> None:
+        self.pieces = pieces
+        self.m = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.v = torch.zeros(numel, dtype=torch.float32, device=device)
+
+    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
+        rows: dict[tuple[int, int, float], int] = {}
+        table: list[tuple[float, ...]] = []
+        spans: list[list[int]] = []
+        for target in targets:
+            key = (id(target.group), target.steps, target.factor)
+            if key not in rows:
+                rows[key] = len(table)
+                table.append(adam_row(target.group, target.steps, target.factor))
+            row = rows[key]
+            if spans and spans[-1][2] == row and target.piece == last + 1:
+                spans[-1][1] = target.stop  # the padding between two neighbours is updated with them: it stays 0
+            else:
+                spans.append([target.start, target.stop, row])
+            last = target.piece
+        if spans:
+            hyper = torch.tensor(table, dtype=torch.float32)
+            reduce_adam_(param, rest, self.m, self.v, sources, torch.tensor(spans), hyper, mean)
+
+    def read(self, piece: int) -> dict[str, Any]:
+        part = _part(self.pieces[piece])
+        return {"exp_avg": self.m[part], "exp_avg_sq": self.v[part]}
+
+    def write(self, piece: int, values: dict[str, Any]) -> None:
+        for name, tensor in self.read(piece).items():
+            if name in values:
+                tensor.copy_(values[name])
+            else:
+                tensor.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.m, self.v]
+
+
+def adam_row(group: dict[str, Any], steps: int, factor: float) -> tuple[float, ...]:
+    """The columns `kernels.ADAM_ROW` of a param group at update number `steps`, in binary64."""
+    lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    coupled = not group.get("decoupled_weight_decay", False)
+    root = math.sqrt(1.0 - beta2**steps)
+    return (
+        -factor if group["maximize"] else factor,
+        decay if coupled else 0.0,
+        1.0 if coupled else 1.0 - lr * decay,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        eps * root,
+        lr * root / (1.0 - beta1**steps),
+    )
+
+
+class TorchRule:
+    """Any other optimizer whose update of an element depends on that element alone: its own `step` on fp32 pieces."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.width = _probe(optimizer)
+
+    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> TorchState:
+        return TorchState(self.optimizer, pieces, device)
+
+
+class TorchState:
+    """A clone of the user's optimizer that owns one fp32 tensor for each piece."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], device: torch.device) -> None:
+        self.pieces = pieces
+        self.keys = [torch.nn.Parameter(torch.empty(0, device=device)) for _ in pieces]
+        self.optimizer = clone(optimizer, [])
+
+    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
+        gradient = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
+        reduce_(gradient, sources, mean, False)
+        groups: dict[int, dict[str, Any]] = {}
+        for target in targets:
+            key, part = self.keys[target.piece], slice(target.start, target.stop)
+            key.data = join(param[part], rest[part])
+            key.grad = gradient[part].mul_(target.factor)
+            groups.setdefault(id(target.group), {**target.group, "params": []})["params"].append(key)
+        self.optimizer.param_groups = list(groups.values())
+        with _single_thread():
+            self.optimizer.step()
+        for target in targets:
+            key, part = self.keys[target.piece], slice(target.start, target.stop)
+            split_(param[part], rest[part], key.data)
+            key.grad = None
+            key.data = key.data.new_empty(0)
+
+    def read(self, piece: int) -> dict[str, Any]:
+        return dict(self.optimizer.state.get(self.keys[piece], {}))
+
+    def write(self, piece: int, values: dict[str, Any]) -> None:
+        self.optimizer.state[self.keys[piece]] = {
+            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) for name, value in values.items()
+        }
+
+    def tensors(self) -> list[Tensor]:
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+
+
+def make_rule(optimizer: torch.optim.Optimizer) -> Rule:
+    """The rule for an optimizer instance. Raises NotImplementedError where its update is not elementwise."""
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for option in ("differentiable", "capturable"):
+            if group.get(option):
+                raise NotImplementedError(f"{name}: expected {option}=False, got True. Build it without {option}.")
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        if not any(group["amsgrad"] for group in optimizer.param_groups):
+            return AdamRule()
+    return TorchRule(optimizer)
+
+
+def clone(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The same optimizer class with the same attributes, no state, no hooks, and other param groups."""
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.state = defaultdict(dict)
+    twin.param_groups = groups
+    for attribute, value in optimizer.__dict__.items():
+        if attribute.startswith("_optimizer_") and attribute.endswith("_hooks"):
+            setattr(twin, attribute, type(value)())
+    twin.__dict__.pop("step", None)  # a scheduler may have wrapped the instance's step
+    return twin
+
+
+def _probe(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state an element, from two steps on a small matrix; raises where a cut of it is updated differently."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(8, 16, generator=generator)
+    grads = [torch.randn(8, 16, generator=generator) for _ in range(3)]
+    name = type(optimizer).__name__
+
+    def run(cut: Callable[[Tensor], list[Tensor]]) -> tuple[Tensor, torch.optim.Optimizer]:
+        parts = [torch.nn.Parameter(part.clone()) for part in cut(start)]
+        twin = clone(optimizer, [{**optimizer.param_groups[0], "params": parts}])
+        for part in parts:
+            if optimizer.state:  # some optimizers fill it when they are built
+                twin.state[part] = _initial_state(optimizer, part)
+        for grad in grads:
+            for part, value in zip(parts, cut(grad), strict=True):
+                part.grad = value.clone()
+            twin.step()
+        return torch.cat([part.detach().reshape(-1) for part in parts]), twin
+
+    try:
+        whole, twin = run(lambda t: [t])
+        pieces, _ = run(lambda t: list(t.reshape(-1).split(64)))
+    except Exception as error:
+        raise NotImplementedError(
+            f"{name}: its step cannot run on a flat piece of a parameter ({str(error).splitlines()[0]}), and zerolite cuts "
+            "parameters anywhere. Use an elementwise optimizer (Adam, AdamW, SGD, ...)."
+        ) from error
+    if not torch.allclose(whole, pieces, rtol=1e-5, atol=1e-7):
+        raise NotImplementedError(
+            f"{name}: its update of an element depends on other elements of the parameter, which other ranks hold. "
+            "Use an elementwise optimizer (Adam, AdamW, SGD, ...)."
+        )
+    states = [value for state in twin.state.values() for value in state.values()]
+    sizes = [value.numel() * value.element_size() for value in states if isinstance(value, Tensor) and value.dim() > 0]
+    return sum(sizes) // start.numel()
+
+
+def _initial_state(optimizer: torch.optim.Optimizer, part: Tensor) -> dict[str, Any]:
+    """The state that the optimizer gave its first parameter, for a parameter of another shape."""
+    p, state = next(iter(optimizer.state.items()))
+    return {
+        name: torch.full_like(part, float(value.reshape(-1)[0]), requires_grad=False)
+        if isinstance(value, Tensor) and value.shape == p.shape and value.numel() > 0 and name != "step"
+        else copy.deepcopy(value)
+        for name, value in state.items()
+    }
+
+
+class _single_thread:
+    """One intra-op thread: PyTorch cuts large tensors at multiples of numel / threads, and the scalar loop that ends
+    each part rounds some operations differently from the vector loop, so the bits would depend on the cut."""
+
+    def __enter__(self) -> None:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def _part(piece: Piece) -> slice:
+    return slice(piece.offset, piece.offset + piece.stop - piece.start)
