@@ -76,6 +76,11 @@ class Gradients:
         """Whether every expected gradient of this round is here."""
         return len(self.arrived) + len(self.packed) >= self.expected
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something was collected that has not gone out."""
+        return bool(self.arrived or self.packed or self.local is not None)
+
     def put(self, slot: int, grad: Tensor) -> None:
         """Takes one gradient of this round (shape and dtype of the parameter)."""
         self.arrived[slot] = grad
@@ -133,6 +138,7 @@ class Gradients:
 
     def sources(self) -> tuple[list[Tensor], float]:
         """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
+        assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
         if self.flight is not None and self.average is None:
             sources = list(self.flight.wait().unbind(0))
             self.flight = None

@@ -192,14 +192,20 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
             read[id(value)] = (value, value.source.read(value.entry))
         return read[id(value)][1]
 
-    versions = {}
     real_args, real_kwargs = pytree.tree_map(unwrap, (args, kwargs))
-    versions = {key: tensor._version for key, (_, tensor) in read.items()}
     result = func(*real_args, **real_kwargs)
-    for key, (handle, tensor) in read.items():
-        if tensor._version != versions[key]:
-            handle.entry.param.grad = tensor.to(handle.entry.param.dtype)
+    for handle in _written(func, args, kwargs):
+        handle.entry.param.grad = read[id(handle)][1].to(handle.entry.param.dtype)
     return result
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[LazyGrad]:
+    """The handles that an op writes to, by its schema (version counters do not move below autograd)."""
+    values = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            values.append(args[position] if position < len(args) else kwargs.get(argument.name))
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, LazyGrad)]
 
 
 def _check(entry: Entry) -> None:

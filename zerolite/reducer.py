@@ -104,8 +104,10 @@ class Reducer:
     def leave(self) -> None:
         """The backward is over: where gradients rest sharded, what is left goes out."""
         if self.active and self.plan.grads.sharded and self.sync:
-            for bucket in self.order[self.next :]:
-                grads_of(bucket).start(self.local)
+            for position, bucket in enumerate(self.order):
+                # A reentrant checkpoint may bring a gradient again after its bucket went out.
+                if position >= self.next or grads_of(bucket).waiting:
+                    grads_of(bucket).start(self.local)
             for bucket in self.order:
                 grads_of(bucket).finish()
             self.open = self.local = False

@@ -1,0 +1,504 @@
+"""Training loops that people write, unchanged: each against the same loop with a plain optimizer in one process.
+
+Rank r of N sees the loss on its own tokens; the plain loop sees the mean over all ranks' tokens.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from models import Net, Run, equal, loss_of, make, seeded, tokens_for
+from ranks import on_threads
+from torch import nn
+
+import zerolite
+from zerolite.comm.local import LocalComm
+
+STAGES = [0, 1, 2, 3]
+stages = pytest.mark.parametrize("stage", STAGES)
+
+
+def compare(stage, loop, world=2, make_model=Net, rel=3e-5, **options):
+    """loop(model, optimizer, ranks) on `world` ranks and plainly on all; parameters agree."""
+
+    def body(comm):
+        model = seeded(make_model)
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=stage, process_group=comm, **options)
+        loop(model, optimizer, [comm.rank])
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    results = on_threads(world, body)
+    assert all(equal(result, results[0]) for result in results)
+    model = seeded(make_model)
+    loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2), list(range(world)))
+    for name, value in model.state_dict().items():
+        # lr 1e-2 bounds an update; Adam normalises rounding noise of small gradients, hence 3e-5 = 0.3 % of one
+        torch.testing.assert_close(results[0][name], value, rtol=rel, atol=rel)
+    return results
+
+
+def mean_loss(model, step, micro, ranks):
+    return sum(loss_of(model, tokens_for(step, micro, rank)) for rank in ranks) / len(ranks)
+
+
+@stages
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_different_number_of_backwards_each_step(stage, world):
+    def loop(model, optimizer, ranks):
+        for step, count in enumerate([1, 3, 2, 1]):
+            for micro in range(count):
+                (mean_loss(model, step, micro, ranks) / count).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+
+    compare(stage, loop, world)
+
+
+@stages
+def test_two_forwards_before_one_backward_and_several_losses(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            first, second = mean_loss(model, step, 0, ranks), mean_loss(model, step, 1, ranks)
+            (first + second).backward(retain_graph=True)
+            second.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+def test_zero_grad_of_the_model_and_of_p_grad(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(4):
+            mean_loss(model, step, 5, ranks).backward()  # thrown away in four ways
+            if step == 0:
+                model.zero_grad()
+            elif step == 1:
+                model.zero_grad(set_to_none=False)
+            elif step == 2:
+                for p in model.parameters():
+                    p.grad = None
+            else:
+                optimizer.zero_grad(set_to_none=False)
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+def test_scheduler_and_param_groups(stage):
+    def body(comm, wrap):
+        model = seeded(Net)
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.3, "lr": 1e-2},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0, "betas": (0.8, 0.9)},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=3e-3)
+        if wrap:
+            optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=stage, process_group=comm)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(4):
+            mean_loss(model, step, 0, [0, 1] if not wrap else [comm.rank]).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[1]["lr"] *= 1.5
+        return {name: value.clone() for name, value in model.state_dict().items()}, scheduler.get_last_lr()
+
+    results, plain = on_threads(2, body, True), body(None, False)
+    assert results[0][1] == plain[1]
+    for name, value in plain[0].items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=3e-5, atol=3e-5)
+
+
+class Unused(Net):
+    """Blocks that only some steps or ranks use."""
+
+    def __init__(self):
+        super().__init__(tied=False)
+        self.extra = nn.Linear(13, 13)
+        self.skip = False
+
+    def forward(self, tokens):
+        x = self.embed(tokens) * self.scale
+        x = self.blocks[0](x)
+        if not self.skip:
+            x = x + self.extra(x)
+        return self.head(self.norm(x))
+
+
+@stages
+def test_unused_parameters_get_no_decay_and_no_step(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            model.skip = step == 1
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop, make_model=Unused)
+
+
+@stages
+@pytest.mark.parametrize("bucket_mb", [25.0, 1e-6])
+def test_parameters_used_on_some_ranks_only(stage, bucket_mb):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            losses = []
+            for rank in ranks:
+                model.skip = rank == 1
+                losses.append(loss_of(model, tokens_for(step, 0, rank)))
+            (sum(losses) / len(ranks)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop, make_model=Unused, bucket_mb=bucket_mb)
+
+
+class Shared(Net):
+    """One block called several times."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for _ in range(2):
+            for block in self.blocks:
+                x = block(x)
+        return self.head(self.norm(self.blocks[0](x)))
+
+
+@stages
+def test_modules_called_several_times(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop, make_model=Shared)
+
+
+class Checkpointed(Shared):
+    reentrant = False
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in [*self.blocks, self.blocks[0]]:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(self.norm(x))
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+@stages
+@pytest.mark.parametrize("make_model", [Checkpointed, Reentrant])
+def test_activation_checkpointing(stage, make_model):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            for micro in range(2):
+                mean_loss(model, step, micro, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop, make_model=make_model)
+
+
+@stages
+def test_eval_and_no_grad_in_between(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            model.eval()
+            with torch.no_grad():
+                mean_loss(model, step, 7, ranks)
+            with torch.inference_mode():
+                mean_loss(model, step, 8, ranks)
+            model.train()
+            mean_loss(model, step, 0, ranks).backward()
+            with torch.no_grad():
+                mean_loss(model, step, 9, ranks)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_exception_and_a_clean_step_after_it(stage, where):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            if where == "forward":
+                raise ZeroDivisionError
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ZeroDivisionError
+
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            handle = model.blocks[1].register_forward_hook(lambda m, i, out: Failing.apply(out))
+            with pytest.raises(ZeroDivisionError):
+                mean_loss(model, step, 3, ranks).backward()
+            handle.remove()
+            optimizer.zero_grad()
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+def test_freezing_and_unfreezing_on_the_way(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(6):
+            model.blocks[0].requires_grad_(step >= 2)
+            model.head.weight.requires_grad_(step not in (3, 4))
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    class Frozen(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks[0].requires_grad_(False)
+
+    compare(stage, loop, make_model=Frozen)
+
+
+@stages
+def test_add_param_group_before_and_after_the_first_step(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(4):
+            if step == 2:
+                model.blocks[0].requires_grad_(True)
+                optimizer.add_param_group({"params": list(model.blocks[0].parameters()), "lr": 5e-3})
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def body(comm, wrap):
+        model = seeded(Net)
+        model.blocks[0].requires_grad_(False)
+        kept = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(kept, lr=1e-2)
+        if wrap:
+            optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=stage, process_group=comm)
+        loop(model, optimizer, [comm.rank] if wrap else [0, 1])
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    results, plain = on_threads(2, body, True), body(None, False)
+    for name, value in plain.items():
+        torch.testing.assert_close(results[0][name], value, rtol=3e-5, atol=3e-5)
+
+
+class Outputs(nn.Module):
+    """Blocks that return a dict, a list and a dataclass."""
+
+    class Item:
+        def __init__(self, value):
+            self.value = value
+
+    def __init__(self):
+        super().__init__()
+
+        class ToDict(nn.Linear):
+            def forward(self, x):
+                return {"x": super().forward(x["x"] if isinstance(x, dict) else x), "note": "text"}
+
+        class ToList(nn.Linear):
+            def forward(self, x):
+                return [None, [super().forward(x["x"])]]
+
+        class ToItem(nn.Linear):
+            def forward(self, x):
+                return Outputs.Item(super().forward(x[1][0]))
+
+        self.embed = nn.Embedding(31, 11)
+        self.blocks = nn.Sequential(ToDict(11, 11), ToList(11, 11), ToItem(11, 31))
+
+    def forward(self, tokens):
+        return self.blocks(self.embed(tokens)).value
+
+
+@stages
+def test_dict_list_and_object_outputs(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop, make_model=Outputs)
+
+
+@stages
+def test_autocast(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = mean_loss(model, step, 0, ranks)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # each rank's gradient and the sum of losses round differently in bf16: a few per cent of lr=1e-2 over 3 steps
+    compare(stage, loop, rel=3e-3)
+
+
+@stages
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_grad_scaler_skips_on_all_ranks(stage, dtype):
+    def body(comm):
+        model, optimizer = make(Run(stage=stage, dtype=dtype, lr=1e-3), comm)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scales, snapshots = [], []
+        for step in range(6):
+            loss = loss_of(model, tokens_for(step, 0, comm.rank))
+            if step == 2 and comm.rank == 1:
+                loss = loss * float("inf")  # on one rank only
+            scaler.scale(loss).backward()
+            if step % 2:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            snapshots.append({name: value.clone() for name, value in model.state_dict().items()})
+        with pytest.raises(RuntimeError, match="already been called"):
+            loss_of(model, tokens_for(9, 0, comm.rank)).backward()
+            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
+        return scales, snapshots, {name: state["step"].item() for name, state in optimizer.full_state().items()}
+
+    for scales, snapshots, steps in on_threads(2, body):
+        assert scales == [2.0**10, 2.0**11, 2.0**10, 2.0**10, 2.0**11, 2.0**11]
+        assert equal(snapshots[1], snapshots[2]) and not equal(snapshots[2], snapshots[3])
+        assert set(steps.values()) == {5.0}
+
+
+@stages
+def test_grad_scaler_equals_no_scaler(stage):
+    def body(comm, scale):
+        model, optimizer = make(Run(stage=stage), comm)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scale)
+        for step in range(3):
+            scaler.scale(loss_of(model, tokens_for(step, 0, comm.rank))).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    # a scale that is a power of two is exact, except where fp32 gradients are subnormal (they are not here)
+    assert equal(on_threads(2, body, True)[0], on_threads(2, body, False)[0])
+
+
+@stages
+def test_clipping_part_of_the_parameters_and_by_value(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            nn.utils.clip_grad_norm_(model.blocks[0].parameters(), 0.01)
+            nn.utils.clip_grad_norm_([model.scale], 0.001, foreach=False)
+            nn.utils.clip_grad_value_(model.blocks[1].parameters(), 1e-3)
+            model.norm.weight.grad = model.norm.weight.grad * 3.0
+            model.norm.bias.grad.mul_(0.25)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+def test_a_clip_before_a_further_backward(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            mean_loss(model, step, 1, ranks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    compare(stage, loop)
+
+
+@stages
+def test_a_clip_above_the_norm_changes_no_bit(stage):
+    def body(comm, clip):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+        optimizer.step()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    assert equal(on_threads(2, body, True), on_threads(2, body, False))
+
+
+@stages
+def test_closure_and_step_hooks(stage):
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    events = []
+    optimizer.register_step_pre_hook(lambda *_: events.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: events.append("post"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        events.append("closure")
+        optimizer.zero_grad()
+        loss = loss_of(model, tokens_for(0, 0, 0))
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() > 0
+    assert events == ["pre", "closure", "post"]
+
+
+@stages
+def test_a_step_without_a_backward_does_nothing(stage):
+    def body(comm):
+        model, optimizer = make(Run(stage=stage), comm)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer.step()
+        return equal(before, {name: value.clone() for name, value in model.state_dict().items()})
+
+    assert on_threads(3, body) == [True] * 3
+
+
+@stages
+def test_a_gan_loop_with_two_models(stage):
+    def body(comm, wrap, ranks):
+        one, two = seeded(lambda: nn.Linear(5, 5)), seeded(lambda: nn.Linear(5, 1), 1)
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (one, two)]
+        if wrap:
+            optimizers = [
+                zerolite.ZeroOptimizer(o, m, stage=stage, process_group=comm) for o, m in zip(optimizers, (one, two), strict=True)
+            ]
+        for step in range(3):
+            batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + r)) for r in ranks]
+            sum(two(one(x).detach()).mean() - two(x).mean() for x in batches).div(len(ranks)).backward()
+            optimizers[1].step()
+            optimizers[0].zero_grad()
+            optimizers[1].zero_grad()
+            sum(F.softplus(-two(one(x))).mean() for x in batches).div(len(ranks)).backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            optimizers[1].zero_grad()
+        return [value.clone() for m in (one, two) for value in m.state_dict().values()]
+
+    results = on_threads(2, lambda comm: body(comm, True, [comm.rank]))
+    for ours, theirs in zip(results[0], body(None, False, [0, 1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-5, atol=3e-5)
