@@ -36,7 +36,7 @@ import zerolite
 
 MODELS = {"tiny": (128, 2, 4), "small": (384, 6, 6), "gpt2": (768, 12, 12)}  # width, layers, heads
 VOCABULARY = 4096
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # not code, or not its own
 
 
 # ---- options
@@ -123,7 +123,7 @@ def text_files(data: Path | None) -> list[Path]:
     if data is not None:
         return [data] if data.is_file() else sorted(p for p in data.rglob("*") if p.is_file())
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(p.relative_to(root).parts)]
+    return [p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts)]
 
 
 def tokenize(files: list[Path]) -> tuple[Tokenizer, np.ndarray]:
@@ -171,11 +171,11 @@ def batch_of(tokens: np.ndarray, args: argparse.Namespace, step: int) -> Tensor:
 def build(args: argparse.Namespace) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, LambdaLR]:
     """The model, what a forward calls, the optimizer and the schedule: linear warm-up, then a cosine down to a tenth."""
     width, layers, heads = MODELS[args.model]
-    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=args.context, n_embd=width, n_layer=layers, n_head=heads)
-    shape.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False})
-    shape.update({"bos_token_id": None, "eos_token_id": None, "loss_type": "ForCausalLM"})
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    plain = {"bos_token_id": None, "eos_token_id": None, "loss_type": "ForCausalLM", "use_cache": False}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": args.context, "n_embd": width, "n_layer": layers, "n_head": heads}
     torch.manual_seed(args.seed)
-    model = forward = GPT2LMHeadModel(shape)
+    model = forward = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **plain))
     if args.stage == "ddp":
         model.to(torch.bfloat16)
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)

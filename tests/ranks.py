@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import multiprocessing
 import os
 import socket
@@ -55,10 +56,13 @@ def _process(rank: int, size: int, port: int, timeout: float, env: dict, body: C
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))
-        pipe.send(("ok", body(rank, *args)))
+        outcome = ("ok", body(rank, *args))
         dist.destroy_process_group()
     except BaseException as error:
-        pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+        outcome = ("error", (type(error).__name__, str(error), traceback.format_exc()))
+    buffer = io.BytesIO()
+    torch.save(outcome, buffer)  # by value: a pipe would share file descriptors of tensors
+    pipe.send_bytes(buffer.getvalue())
     pipe.close()
 
 
@@ -78,7 +82,7 @@ def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = 3
     for process, (receiver, _) in zip(processes, pipes, strict=True):
         try:
             assert receiver.poll(timeout + 45), "a rank neither returned nor failed within its timeout"
-            found.append(receiver.recv())
+            found.append(torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False))
         except EOFError:
             process.join(10)
             found.append(("died", process.exitcode))

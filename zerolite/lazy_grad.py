@@ -46,8 +46,11 @@ class LazyGrad(Tensor):
 
     @staticmethod
     def __new__(cls, entry: Entry, source: Source, dtype: torch.dtype) -> LazyGrad:
-        p = entry.param
-        handle = Tensor._make_wrapper_subclass(cls, p.shape, strides=p.stride(), dtype=dtype, device=p.device)  # type: ignore[attr-defined]
+        assert entry.bucket is not None
+        like = entry.bucket.views[entry.slot]  # not p itself, which may be released
+        handle = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, strides=like.stride(), dtype=dtype, device=like.device
+        )
         handle.entry = entry
         handle.source = source
         handle.incoming = None

@@ -115,6 +115,8 @@ class GroupComm:
         return values
 
     def _start(self, what: str, result: Tensor, call: Any) -> Waiting:
+        if not dist.is_initialized():
+            raise RankError(f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step.")
         try:
             return Waiting(self, call(), result, what)
         except (RuntimeError, ValueError) as error:

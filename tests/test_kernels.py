@@ -1,0 +1,300 @@
+"""Kernels against the reference: every instruction set, sizes around the vector width, misaligned starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zerolite import kernels
+from zerolite.kernels import reference
+from zerolite.kernels.ops import ADAM_ROW, LIMBS
+from zerolite.norm import _value, exact_sum
+
+SIZES = [0, 1, 3, 5, 12, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 65537]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = torch.tensor(
+    [[0.7, 0.0, 0.999, 0.1, 0.999, 0.001, 1e-8, 1e-3], [-1.0, 0.01, 1.0, 0.1, 0.95, 0.05, 1e-6, 1e-2]], dtype=torch.float32
+)
+
+
+def available():
+    found = []
+    for isa in ("baseline", "avx2", "avx512"):
+        try:
+            kernels.set_isa(isa)
+            found.append(isa)
+        except ValueError:
+            continue
+    if found:
+        kernels.set_isa("auto")
+    return found
+
+
+ISAS = available()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa("auto")
+
+
+def wide(n, seed, scale=4.0):
+    """Values over many magnitudes."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g) * torch.exp(torch.randn(n, generator=g) * scale)
+
+
+def shifted(t, by):
+    """The same values at a misaligned address."""
+    room = torch.empty(t.numel() + by, dtype=t.dtype)
+    room[by:] = t
+    return room[by:]
+
+
+def adam_tensors(n, dtype, by=0):
+    master = wide(n, 1, 2.0)
+    param = torch.empty(n, dtype=dtype)
+    rest = torch.empty(0 if dtype == torch.float32 else n, dtype=torch.int16 if dtype == torch.bfloat16 else torch.float32)
+    reference.split_(param, rest, master)
+    m, v = wide(n, 2) * 1e-3, (wide(n, 3) * 1e-3) ** 2
+    return [shifted(t, by) if t.numel() else t for t in (param, rest, m, v)]
+
+
+def bits(t):
+    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        nan = torch.isnan(a) & torch.isnan(b) if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+        assert torch.equal(bits(a)[~nan], bits(b)[~nan])
+
+
+def test_native_kernels_are_built():
+    assert ISAS, "the native library is missing: make setup builds it"
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_reduce_adam(isa, n, dtype, count):
+    by = 1 if n % 2 else 3
+    sources = [shifted(wide(n, 10 + k, 2.0).to(dtype), by) for k in range(count)]
+    cut = n // 3
+    spans = torch.tensor([[0, cut, 0], [cut, cut, 1], [min(cut + 1, n), n, 1]])
+    ours, theirs = adam_tensors(n, dtype, by), adam_tensors(n, dtype)
+    kernels.reduce_adam_(*ours, sources, spans, ROWS, 1 / count)
+    reference.reduce_adam_(*theirs, sources, spans, ROWS, 1 / count)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduce_adam_with_fp32_gradients_of_narrow_parameters(isa, dtype):
+    n = 1025
+    sources = [wide(n, 4), wide(n, 5)]
+    ours, theirs = adam_tensors(n, dtype), adam_tensors(n, dtype)
+    for tensors, op in ((ours, kernels.reduce_adam_), (theirs, reference.reduce_adam_)):
+        op(*tensors, sources, torch.tensor([[0, n, 0]]), ROWS, 0.5)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-38, 3e38, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduce_adam_special_values(isa, value, dtype):
+    n = 70
+    sources = [torch.full((n,), value).to(dtype), torch.full((n,), 1.0).to(dtype)]
+    ours, theirs = adam_tensors(n, dtype), adam_tensors(n, dtype)
+    for tensors, op in ((ours, kernels.reduce_adam_), (theirs, reference.reduce_adam_)):
+        op(*tensors, sources, torch.tensor([[0, n, 0]]), ROWS, 0.5)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_reduce(isa, n, dtype, accumulate):
+    sources = [shifted(wide(n, k).to(dtype), k) for k in range(1, 4)]
+    outs = [torch.ones(n, dtype=torch.float32 if accumulate else dtype) for _ in range(2)]
+    kernels.reduce_(outs[0], sources, 1 / 3, accumulate)
+    reference.reduce_(outs[1], sources, 1 / 3, accumulate)
+    assert_same(outs[:1], outs[1:])
+
+
+def test_reduce_is_nearer_to_the_exact_mean_than_one_rounding_a_rank(isa):
+    """Averaging N bf16 sources: N fp32 roundings of 2^-24 each and one to bf16, 2^-8 (relative to the sum of magnitudes)."""
+    sources = [torch.randn(4096, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(8)]
+    out = torch.empty(4096, dtype=torch.bfloat16)
+    kernels.reduce_(out, sources, 1 / 8, False)
+    exact = sum(s.double() for s in sources) / 8
+    size = sum(s.double().abs() for s in sources) / 8
+    assert bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-8 + 8 * 2.0**-24 * size).all())
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 64, 1025, 200_003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_square_sum_is_exact_and_independent_of_the_cut(isa, n, dtype):
+    src = wide(n, 8, 8.0 if dtype != torch.float16 else 1.0).to(dtype)
+    whole, cut, slow = (torch.zeros(2, LIMBS, dtype=torch.int64) for _ in range(3))
+    kernels.square_sum_(whole, src, torch.tensor([[0, n, 0]]))
+    kernels.set_threads(2)
+    middle = n * 2 // 3
+    kernels.square_sum_(cut, src, torch.tensor([[0, middle, 0], [middle, n, 0]]))
+    reference.square_sum_(slow, src, torch.tensor([[0, n, 0]]))
+    assert torch.equal(whole, cut) and torch.equal(whole, slow) and not whole[1].any()
+    exact = math.sqrt(math.fsum(x * x for x in src.double().tolist()))
+    assert reference.square_root(whole[0].tolist()) == pytest.approx(exact, rel=1e-15)
+
+
+def test_square_sum_of_extremes(isa):
+    src = torch.tensor([1e-45, -1e-45, 3.4e38, 3.4e38, 0.0])
+    sums = torch.zeros(1, LIMBS, dtype=torch.int64)
+    kernels.square_sum_(sums, src, torch.tensor([[0, 2, 0]]))
+    assert reference.square_root(sums[0].tolist()) == pytest.approx(math.sqrt(2) * 2.0**-149, rel=1e-15)
+    kernels.square_sum_(sums, src, torch.tensor([[2, 5, 0]]))
+    assert reference.square_root(sums[0].tolist()) == pytest.approx(math.sqrt(2) * float(src[2]), rel=1e-15)
+    kernels.square_sum_(sums, torch.tensor([math.nan, math.inf, 1.0]), torch.tensor([[0, 3, 0]]))
+    assert sums[0, -1] == 2 and reference.square_root(sums[0].tolist()) == math.inf
+
+
+def test_exact_sum_of_doubles():
+    values = torch.tensor([1e300, 1.0, 5e-324, 1e-300, 0.1], dtype=torch.float64)
+    parts = exact_sum(values[:2]) + exact_sum(values[2:])
+    assert _value(parts.tolist()) == _value(exact_sum(values).tolist()) == math.fsum(values.tolist())
+    assert _value(exact_sum(torch.tensor([math.inf], dtype=torch.float64)).tolist()) == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 63, 1024, 4999])
+def test_exceeds(isa, dtype, bad, at):
+    src = torch.randn(5000).to(dtype)
+    flag = torch.zeros(1, dtype=torch.int64)
+    kernels.exceeds_(flag, src, math.inf)
+    kernels.exceeds_(flag, src, 100.0)
+    assert flag.item() == 0
+    kernels.exceeds_(flag, src, 0.5)
+    assert flag.item() == 1
+    src[at] = bad
+    for op in (kernels.exceeds_, reference.exceeds_):
+        flag.zero_()
+        op(flag, src, math.inf)
+        assert flag.item() == 1
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_pack(isa, n):
+    kernels.set_threads(2)
+    grads = [wide(k, k).bfloat16() for k in (n, 3, 0, 70_000)]
+    offsets = [5, n + 10, n + 13, n + 20]
+    ours, theirs = (torch.zeros(n + 70_100, dtype=torch.bfloat16) for _ in range(2))
+    kernels.pack_(ours, grads, offsets)
+    reference.pack_(theirs, grads, offsets)
+    assert torch.equal(ours, theirs) and not ours[:5].any()
+
+
+def test_split_keeps_every_mantissa_and_every_exponent():
+    low = torch.arange(1 << 16, dtype=torch.int32)
+    for high in (0x0000, 0x0001, 0x3F80, 0x3F7F, 0x7F7F, 0x7F80, 0x7FC0, 0x8000, 0xBF80, 0xFF7F, 0xFFFF):
+        master = ((torch.tensor(high, dtype=torch.int64) << 16) + low).to(torch.int64)
+        master = torch.where(master >= 1 << 31, master - (1 << 32), master).to(torch.int32).view(torch.float32)
+        param, rest = torch.empty(1 << 16, dtype=torch.bfloat16), torch.empty(1 << 16, dtype=torch.int16)
+        reference.split_(param, rest, master)
+        assert torch.equal(reference.join(param, rest).view(torch.int32), master.view(torch.int32))
+    spread = wide(1 << 16, 1)
+    param, rest = torch.empty(1 << 16, dtype=torch.bfloat16), torch.empty(1 << 16, dtype=torch.int16)
+    reference.split_(param, rest, spread)
+    assert bool(((param.float() - spread).abs() <= spread.abs() * 2.0**-8).all())  # the parameter is the nearest bf16
+
+
+def op_samples():
+    n = 130
+    spans = torch.tensor([[0, 64, 0], [64, n, 1]])
+    for dtype in DTYPES:
+        sources = [wide(n, 1, 1.0).to(dtype), wide(n, 2, 1.0).to(dtype)]
+        yield "reduce_adam_", (*adam_tensors(n, dtype), sources, spans, ROWS, 0.5)
+        yield "reduce_", (torch.zeros(n, dtype=dtype), sources, 0.5, False)
+        yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources[0], spans)
+        yield "exceeds_", (torch.zeros(1, dtype=torch.int64), sources[0], 1.0)
+        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n])
+
+
+@pytest.mark.parametrize("name,args", [pytest.param(*s, id=f"{s[0]}{k}") for k, s in enumerate(op_samples())])
+def test_opcheck(name, args):
+    result = torch.library.opcheck(getattr(torch.ops.zerolite, name).default, args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_bad_arguments_are_refused(isa):
+    param, rest, m, v = adam_tensors(64, torch.float32)
+    spans = torch.tensor([[0, 64, 0]])
+    with pytest.raises(RuntimeError, match="sources"):
+        kernels.reduce_adam_(param, rest, m, v, [], spans, ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="64 elements, got 63"):
+        kernels.reduce_adam_(param, rest, m[:63], v, [param.clone()], spans, ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="outside a tensor of 64"):
+        kernels.reduce_adam_(param, rest, m, v, [param.clone()], torch.tensor([[0, 65, 0]]), ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="names index 2 of 2"):
+        kernels.reduce_adam_(param, rest, m, v, [param.clone()], torch.tensor([[0, 6, 2]]), ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="int16"):
+        kernels.reduce_adam_(param.bfloat16(), rest, m, v, [param.clone()], spans, ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="float32 to accumulate"):
+        kernels.reduce_(param.bfloat16(), [param.clone()], 1.0, True)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        kernels.reduce_(param.double(), [param.clone()], 1.0, False)
+    with pytest.raises(RuntimeError, match="ends outside"):
+        kernels.pack_(param, [param.clone()], [1])
+    with pytest.raises(ValueError, match="instruction set 'sse'"):
+        kernels.set_isa("sse")
+    with pytest.raises(ValueError, match="at least 1"):
+        kernels.set_threads(0)
+
+
+def test_columns_of_a_row():
+    assert ADAM_ROW == ("grad_scale", "l2", "decay", "mix1", "beta2", "mix2", "eps", "step_size") and ROWS.shape[1] == 8
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_forces_an_instruction_set(isa):
+    result = python("from zerolite import kernels; print(kernels.kernels_in_use())", ZEROLITE_ISA=isa)
+    assert result.stdout.strip() == isa
+    result = python("from zerolite import kernels; print(kernels.kernels_in_use())", ZEROLITE_KERNELS="reference")
+    assert result.stdout.strip() == "reference"
+
+
+def test_environment_mistakes_are_named():
+    assert "ZEROLITE_KERNELS: expected" in python("import zerolite", ZEROLITE_KERNELS="fast").stderr
+    assert "instruction set 'mmx'" in python("import zerolite", ZEROLITE_ISA="mmx").stderr
+
+
+def test_import_has_no_side_effects():
+    code = (
+        "import torch, time; t = time.perf_counter(); import zerolite; t = time.perf_counter() - t;"
+        "import torch.distributed as d, threading, sys;"
+        "print(d.is_initialized(), torch.cuda.is_initialized(), threading.active_count(),"
+        "any(m.startswith(('transformers', 'matplotlib')) for m in sys.modules), t < 2)"
+    )
+    assert python(code).stdout.split() == ["False", "False", "1", "False", "True"]
+
+
+def test_a_fork_after_the_threads_have_started():
+    code = (
+        "import os, torch; from zerolite import kernels; torch.set_num_threads(1); kernels.set_threads(2)\n"
+        "n = 1 << 18; out = torch.zeros(n); src = [torch.ones(n)]; kernels.reduce_(out, src, 1.0, False)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n    kernels.reduce_(out, src, 1.0, True); os._exit(7 if float(out.sum()) == 2 * n else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    assert python(code).stdout.strip() == "7"

@@ -1,0 +1,128 @@
+"""Layout and partition, by property: every element has exactly one owner, for any shapes and world."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Net, seeded
+from torch import nn
+
+from zerolite.layout import ALIGN, Layout, Piece, Slot, aligned, cut
+from zerolite.partition import find_units
+from zerolite.plan import STAGES, make_plan, with_rows
+from zerolite.plan import Widths as W
+
+numels = st.lists(st.integers(0, 700), min_size=1, max_size=12)
+
+
+def named(sizes):
+    return [(f"p{k}", n) for k, n in enumerate(sizes)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(numels, st.integers(1, 9), st.integers(1, 2000))
+def test_each_element_is_owned_once(sizes, world, limit):
+    layouts = cut(named(sizes), world, limit)
+    seen = {}
+    for layout in layouts:
+        for rank in range(world):
+            start, stop = layout.span(rank)
+            for piece in layout.pieces(start, stop):
+                name = layout.slots[piece.slot].name
+                assert 0 <= piece.offset and piece.offset + piece.stop - piece.start <= layout.shard
+                for k, element in enumerate(range(piece.start, piece.stop)):
+                    assert (name, element) not in seen
+                    seen[name, element] = layout.slots[piece.slot].offset + element == start + piece.offset + k
+    assert set(seen) == {(name, k) for name, n in named(sizes) for k in range(n)} and all(seen.values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(numels, st.integers(1, 9), st.integers(1, 2000))
+def test_buckets_keep_order_alignment_and_limit(sizes, world, limit):
+    layouts = cut(named(sizes), world, limit)
+    assert [slot.name for layout in layouts for slot in layout.slots] == [name for name, _ in named(sizes)]
+    for layout in layouts:
+        assert layout.numel % (ALIGN * world) == 0 and layout.shard * world == layout.numel
+        assert all(slot.offset % ALIGN == 0 for slot in layout.slots)
+        ends = [slot.offset + slot.numel for slot in layout.slots]
+        assert all(a <= b.offset for a, b in zip(ends, layout.slots[1:], strict=False)) and ends[-1] <= layout.numel
+        assert len(layout.slots) == 1 or ends[-1] <= limit
+        assert layout.numel - ends[-1] < ALIGN * (world + 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(numels, st.integers(1, 6), st.integers(1, 6), st.integers(1, 900), st.integers(1, 900))
+def test_a_cut_falls_at_multiples_of_align_within_a_parameter(sizes, a, b, first, second):
+    """So that no vector loop or group of quantised values can tell two layouts apart."""
+    for world, limit in ((a, first), (b, second)):
+        for layout in cut(named(sizes), world, limit):
+            for rank in range(world):
+                assert all(piece.start % ALIGN == 0 for piece in layout.pieces(*layout.span(rank)))
+
+
+def test_the_drawing_in_the_docstring():
+    (layout,) = cut([("first", 70), ("second", 10)], 2, 1000)
+    assert layout == Layout((Slot("first", 0, 70), Slot("second", 128, 10)), 256, 2)
+    assert list(layout.pieces(*layout.span(0))) == [Piece(0, 0, 70, 0)]
+    assert list(layout.pieces(*layout.span(1))) == [Piece(1, 0, 10, 0)]
+    assert aligned(0) == 0 and aligned(1) == ALIGN
+    with pytest.raises(ValueError, match="world size"):
+        cut([("p", 1)], 0, 10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(numels, st.integers(1, 8), st.sampled_from(STAGES), st.integers(1, 2000))
+def test_plan_bytes_follow_from_the_table(sizes, world, stage, limit):
+    layouts = cut(named(sizes), world, limit)
+    plan = with_rows(make_plan(stage, None, world), [(layout, W(2, 10), True) for layout in layouts])
+    whole, shard = sum(layout.numel for layout in layouts), sum(layout.shard for layout in layouts)
+    assert plan.bytes_at_rest == {
+        "params": 2 * (shard if stage == 3 else whole),
+        "grads": 2 * (shard if stage >= 2 else whole),
+        "states": 10 * (shard if stage >= 1 else whole),
+    }
+    assert plan.numel == sum(sizes)
+
+
+def test_plan_table_is_printed():
+    plan = with_rows(make_plan(2, "states", 4), [(layout, W(2, 10), True) for layout in cut([("p", 1024)], 4, 10**6)])
+    text = str(plan)
+    assert "ZeRO stage 2, offload states, 4 rank(s)" in text and "sharded" in text and "host" in text and "2.500" in text
+
+
+def unit_names(model, classes=None):
+    return {unit.name: [name for name, _ in unit.params] for unit in find_units(model, classes)}
+
+
+def test_units_are_the_children_of_outermost_lists():
+    found = unit_names(seeded(Net))
+    assert list(found) == ["root", "blocks.0", "blocks.1", "blocks.2"]
+    assert found["root"] == ["scale", "embed.weight", "norm.weight", "norm.bias"]  # the tied head is the embedding
+    nested = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU(), nn.ModuleList([nn.Linear(2, 2)]))
+    assert list(unit_names(nested)) == ["0", "2"]
+
+
+def test_units_of_given_classes_and_tied_parameters():
+    model = seeded(Net)
+    assert list(unit_names(model, [nn.LayerNorm])) == ["root", "blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "norm"]
+    model.blocks[2].up.weight = model.blocks[0].up.weight
+    assert "blocks.0.up.weight" in unit_names(model)["root"]
+    with pytest.raises(ValueError, match="no module of class Conv2d"):
+        find_units(model, [nn.Conv2d])
+    with pytest.raises(TypeError, match=r"expected nn\.Module classes"):
+        find_units(model, ["Block"])
+
+
+def test_every_parameter_is_in_one_unit():
+    for model in (seeded(Net), nn.Linear(3, 3), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))):
+        found = [name for names in unit_names(model).values() for name in names]
+        assert sorted(found) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_layouts_say_who_owns_what_for_any_rank():
+    (layout,) = cut([("w", 1000)], 4, 10**6)
+    ranges = [(p.start, p.stop) for rank in range(4) for p in layout.pieces(*layout.span(rank))]
+    assert ranges == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+    assert torch.tensor([b - a for a, b in ranges]).sum() == 1000

@@ -1,0 +1,373 @@
+"""Real processes over gloo: equality with threads and DDP, counted collectives, faults, what stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
+from ranks import on_processes, on_threads, outcomes
+from torch import nn
+
+import zerolite
+
+
+def train_processes(rank, runs):
+    return [train(None, rank, run) for run in runs]
+
+
+def test_same_bits_over_gloo_as_over_threads():
+    runs = [Run(stage=stage, dtype=dtype, micro=2, clip=0.5) for stage in (0, 1, 2, 3) for dtype in (None, torch.bfloat16)]
+    for rank, results in enumerate(on_processes(3, train_processes, runs)):
+        for run, result in zip(runs, results, strict=True):
+            assert equal(result, on_threads(3, train_on, run)[rank]), run
+
+
+def grads_and_ddp(rank, stage):
+    model, optimizer = make(Run(stage=stage), None)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    ours = {name: value.clone() for name, value in optimizer.full_grads().items()}
+    read = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model = nn.parallel.DistributedDataParallel(seeded(Net))
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    theirs = {name: p.grad for name, p in model.module.named_parameters()}
+    return equal(ours, theirs), equal(read, theirs)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_equal_ddp_at_two_ranks(stage):
+    # at two ranks the sum has one order and the half is exact, so fp32 gradients are DDP's to the last bit
+    assert on_processes(2, grads_and_ddp, stage) == [(True, True)] * 2
+
+
+def train_beside_ddp(rank, stage, steps):
+    results = train(None, rank, Run(stage=stage, steps=steps, lr=1e-3, clip=1.0))["losses"]
+    model = nn.parallel.DistributedDataParallel(seeded(Net))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, tokens_for(step, 0, rank))
+        loss.backward()
+        losses.append(loss.item())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return results, losses
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_losses_follow_ddp(stage):
+    for ours, theirs in on_processes(2, train_beside_ddp, stage, 20):
+        # identical gradients; each AdamW update differs by some 20 x 2^-24 of itself, 20 steps
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+class Wire:
+    """Counts what really goes through torch.distributed: bytes that leave this rank, by function."""
+
+    NAMES = ("all_to_all_single", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast")
+
+    def __init__(self):
+        self.calls, self.bytes = {}, {}
+        for name in self.NAMES:
+            if hasattr(dist, name):
+                setattr(dist, name, self.wrap(name, getattr(dist, name)))
+        import zerolite.comm.group as group
+
+        group._all_gather = self.wrap("all_gather", group._all_gather)
+
+    def wrap(self, name, real):
+        def counted(*args, **kwargs):
+            size = dist.get_world_size()
+            tensor = args[0]
+            share = {"all_to_all_single": (size - 1) / size, "all_gather": (size - 1) / size}.get(name, 1.0)
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] = self.bytes.get(name, 0) + int(tensor.numel() * tensor.element_size() * share)
+            return real(*args, **kwargs)
+
+        return counted
+
+    def take(self):
+        found, self.calls, self.bytes = (self.calls, self.bytes), {}, {}
+        return found
+
+
+def wire_of_a_step(rank, stage, micro, no_sync):
+    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), None)
+    wire = Wire()
+    for step in range(2):
+        counts = []
+        for k in range(micro):
+            with optimizer.no_sync() if no_sync and k + 1 < micro else torch.enable_grad():
+                loss_of(model, tokens_for(step, k, rank)).backward()
+            counts.append(wire.calls.get("all_to_all_single", 0))
+        optimizer.step()
+        optimizer.zero_grad()
+        found = wire.take()
+    layouts = [bucket.layout for bucket in optimizer._trained]
+    root = sum(l.numel for b, l in zip(optimizer._trained, layouts, strict=True) if b.name.startswith("root"))
+    last = sum(l.numel for b, l in zip(optimizer._trained, layouts, strict=True) if b.name.startswith("blocks.2"))
+    return found, counts, [layout.numel for layout in layouts], root + last, len(layouts)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stages_1_and_2_move_two_bytes_twice_a_parameter(world):
+    for stage in (1, 2):
+        for (calls, sent), _, numels, _, buckets in on_processes(world, wire_of_a_step, stage, 1, False):
+            each = sum(numels) * 2 * (world - 1) // world
+            assert sent["all_to_all_single"] == each and sent["all_gather"] == each
+            assert calls["all_to_all_single"] == calls["all_gather"] == buckets
+            assert sent.get("all_reduce", 0) <= 64 and calls.get("all_reduce", 0) == 1  # the agreement before the step
+
+
+def test_stage_3_moves_one_gather_more():
+    for (calls, sent), _, numels, once, buckets in on_processes(2, wire_of_a_step, 3, 1, False):
+        each = sum(numels) * 2 // 2
+        assert sent["all_to_all_single"] == each
+        # forward and backward, but the root and the last unit stay gathered in between
+        assert sent["all_gather"] == 2 * each - once * 2 // 2 and sent["all_gather"] <= 2 * each
+        assert calls["all_to_all_single"] == buckets
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_sync_moves_nothing_until_the_last_micro_batch(stage):
+    for _, counts, _, _, buckets in on_processes(2, wire_of_a_step, stage, 3, True):
+        assert counts[:2] == [0, 0] and counts[2] == (buckets if stage >= 2 else 0)
+
+
+# ---- faults
+
+
+class Die(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_somewhere(rank, stage, where):
+    model, optimizer = make(Run(stage=stage), None)
+    for step in range(3):
+        kill = rank == 1 and step == 1
+        if kill and where == "forward":
+            model.blocks[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        if kill and where == "backward":
+            model.blocks[1].register_forward_hook(lambda m, i, out: Die.apply(out))
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        if kill and where == "step":
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        optimizer.zero_grad()
+        start = time.monotonic()
+    return start
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("where", ["forward", "backward", "step"])
+def test_a_killed_rank_is_an_error_on_the_others(stage, where):
+    start = time.monotonic()
+    found = outcomes(3, die_somewhere, stage, where, timeout=30)
+    assert found[1] == ("died", -signal.SIGKILL)
+    for rank in (0, 2):
+        kind, (name, message, _) = found[rank]
+        assert kind == "error" and name == "RankError" and "another rank" in message and f"rank {rank} of 3 in '" in message
+    assert time.monotonic() - start < 25
+
+
+def raise_on_one(rank):
+    model, optimizer = make(Run(stage=2), None)
+    if rank == 1:
+        raise ZeroDivisionError("in the user's code")
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+
+
+def test_an_exception_on_one_rank_ends_the_others():
+    found = outcomes(2, raise_on_one, timeout=30)
+    assert found[1][1][0] == "ZeroDivisionError" and found[0][1][0] == "RankError"
+
+
+class Skipping(Net):
+    """Rank 1 leaves out block `skip`, as a whole unit."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for number, block in enumerate(self.blocks):
+            if not (number == self.skip[0] and dist.get_rank() == 1):
+                x = block(x)
+        return self.head(self.norm(x))
+
+
+def disagree(rank, stage):
+    model = seeded(Skipping)
+    model.skip = (1,)
+    _, optimizer = make(Run(stage=stage), None, model)
+    before = [p.detach().clone() for p in optimizer._built.buckets[0].entries[0].param.unsqueeze(0)]
+    try:
+        for step in range(2):
+            loss_of(model, tokens_for(step, 0, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except zerolite.RankError as error:
+        return "refused", str(error), len(before)
+    return "trained", [value.sum().item() for value in model.state_dict().values()], len(before)
+
+
+def test_ranks_that_use_different_blocks():
+    assert [row[0] for row in on_processes(2, disagree, 2)] == ["trained"] * 2
+    start = time.monotonic()
+    found = on_processes(2, disagree, 3, env={"ZEROLITE_PATIENCE": "1"}, timeout=60)
+    assert time.monotonic() - start < 40  # not the group's timeout
+    for kind, message, _ in found:
+        assert kind == "refused" and ("different paths" in message or "another rank" in message), message
+
+
+def stop_one(rank):
+    model, optimizer = make(Run(stage=2), None)
+    if rank == 1:
+        time.sleep(9)  # stuck, not dead
+        return None
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+
+
+def test_a_stuck_rank_is_an_error_within_the_timeout():
+    found = outcomes(2, stop_one, timeout=4, env={"ZEROLITE_PATIENCE": "1"})
+    kind, (name, message, _) = found[0]
+    assert (kind, name) == ("error", "RankError") and "waited 4 s in 'exchange" in message
+
+
+def straggle(rank):
+    model, optimizer = make(Run(stage=3), None)
+    for step in range(2):
+        if rank == 1:
+            time.sleep(3)
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return True
+
+
+def test_a_slow_rank_is_only_slow():
+    assert on_processes(2, straggle, env={"ZEROLITE_PATIENCE": "0.5"}) == [True, True]
+
+
+def differ(rank, what):
+    model = seeded(lambda: Net(width=13 if rank == 0 or what != "shape" else 14))
+    lr = 1e-2 if rank == 0 or what != "lr" else 2e-2
+    if rank == 1 and what == "frozen":
+        model.scale.requires_grad_(False)
+    inner = torch.optim.AdamW(model.parameters(), lr=lr)
+    try:
+        zerolite.ZeroOptimizer(inner, model, stage=2 if rank == 0 or what != "stage" else 1)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what,text", [("shape", "(31, 13)"), ("lr", "0.02"), ("frozen", "'scale'"), ("stage", "stage=1")])
+def test_ranks_that_differ_are_named_on_every_rank(what, text):
+    messages = on_processes(2, differ, what)
+    assert messages[0] == messages[1] and "ranks differ" in messages[0] and "rank 1" in messages[0] and text in messages[0]
+
+
+def one_bad(rank):
+    model = seeded(Net)
+    try:
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=7 if rank == 1 else 2)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def test_a_mistake_on_one_rank_is_told_to_all():
+    messages = on_processes(2, one_bad)
+    assert "stage: expected 0, 1, 2 or 3, got 7" in messages[1] and "rank 1 could not build" in messages[0]
+
+
+def begin_different(rank):
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), seed=rank)
+    model[1].running_mean.fill_(rank)
+    zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_ranks_begin_equal_to_rank_0():
+    results = on_processes(2, begin_different)
+    assert equal(results[0], results[1])
+    torch.manual_seed(0)
+    assert torch.equal(results[0]["0.weight"], nn.Linear(4, 4).weight)
+    assert results[1]["1.running_mean"].sum() == 0
+
+
+def no_group(rank):
+    dist.destroy_process_group()
+    model = seeded(Net)
+    try:
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model)
+    except RuntimeError as error:
+        message = str(error)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    return message
+
+
+def test_torchrun_without_a_process_group():
+    assert all("init_process_group" in message and "WORLD_SIZE=2" in message for message in on_processes(2, no_group))
+
+
+def subgroup(rank):
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    model = seeded(Net)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = zerolite.ZeroOptimizer(inner, model, stage=3, process_group=groups[rank % 2])
+    for step in range(2):
+        F.cross_entropy(model(tokens_for(step, 0, rank)).flatten(0, 1), tokens_for(step, 1, rank).flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer._parts.comm.size, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_process_group_of_its_own():
+    results = on_processes(4, subgroup)
+    assert [size for size, _ in results] == [2] * 4
+    assert equal(results[0][1], results[2][1]) and equal(results[1][1], results[3][1])
+    assert not equal(results[0][1], results[1][1])
+
+
+def leave_nothing(rank):
+    train(None, rank, Run(stage=3, steps=2))
+    dist.destroy_process_group()
+    import threading
+
+    shared = [name for name in os.listdir("/dev/shm") if "zerolite" in name] if os.path.isdir("/dev/shm") else []
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    return shared, threading.active_count()
+
+
+def test_nothing_stays_behind():
+    assert on_processes(2, leave_nothing) == [([], 1)] * 2
+
+
+def destroyed(rank):
+    model, optimizer = make(Run(stage=2), None)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    dist.destroy_process_group()
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        name = type(error).__name__
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    return name
+
+
+def test_a_destroyed_group_is_a_clear_error():
+    assert on_processes(2, destroyed) == ["RankError"] * 2
+
+
