@@ -47,7 +47,7 @@ def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket],
             index = positions.get(entry.param)
             if index is None or entry.steps == 0:
                 continue
-            state[index] = {name: _copy(value) for name, value in _read(bucket, number, piece, entry).items()}
+            state[index] = {name: _copy(value) for name, value in read_piece(bucket, number, piece, entry).items()}
             pieces[index] = [piece.start, piece.stop]
     about = {"format": FORMAT, "rank": comm.rank, "ranks": comm.size, "pieces": pieces, "steps": _steps(positions, buckets)}
     return {"state": state, "param_groups": packed_groups(groups), "zerolite": about}
@@ -102,6 +102,8 @@ def load_state(saved: dict[str, Any], groups: Sequence[dict[str, Any]], buckets:
                 values = {k: _flat_piece(k, v, entry, piece) for k, v in values.items()}
             if not _write(bucket, number, piece, values):
                 stale.append(entry.name)
+        for entry in bucket.entries:
+            entry.version = entry.param._version  # values loaded before are known, and their masters are set
     steps = about["steps"] if about is not None else {i: _step_of(values) for i, values in saved["state"].items()}
     for entry, index in _indexed(positions, buckets):
         entry.steps = int(steps.get(index, 0))
@@ -180,9 +182,12 @@ def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _read(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[str, Any]:
+def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[str, Any]:
+    """The state of one piece; elements are views, the master a new tensor."""
     assert bucket.state is not None
-    values = {"step": torch.tensor(float(entry.steps)), **bucket.state.read(number)}
+    values = bucket.state.read(number)
+    if bucket.state.counted:
+        values = {"step": torch.tensor(float(entry.steps)), **values}
     if bucket.rest.numel():
         values["master"] = bucket.master(_range(piece))
     return values
@@ -213,7 +218,7 @@ def _whole_states(bucket: Bucket, comm: Comm) -> list[tuple[Entry, dict[str, Any
     local = {
         (piece.slot, name): (piece, value)
         for number, piece in enumerate(bucket.pieces)
-        for name, value in _read(bucket, number, piece, bucket.entries[piece.slot]).items()
+        for name, value in read_piece(bucket, number, piece, bucket.entries[piece.slot]).items()
     }
     plain = {key: value for key, (_, value) in local.items() if not _is_elementwise(value)}
     tensors = {key: str(value.dtype).split(".")[1] for key, (_, value) in local.items() if _is_elementwise(value)}

@@ -194,11 +194,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
             for bucket in self._trained:
-                assert bucket.state is not None
                 for number, piece in enumerate(bucket.pieces):
                     entry = bucket.entries[piece.slot]
                     if entry.steps > 0:
-                        found[entry.param] = {"step": torch.tensor(float(entry.steps)), **bucket.state.read(number)}
+                        found[entry.param] = checkpoint.read_piece(bucket, number, piece, entry)
         return found
 
     @state.setter

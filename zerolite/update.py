@@ -34,6 +34,8 @@ class Target:
 class State(Protocol):
     """Optimizer states of one element range of a bucket."""
 
+    counted: bool  # the number of updates is kept by the caller (Target.steps), not in the state
+
     def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
         """Updates the targets of `param` and `rest` from the average of `sources`."""
         ...
@@ -71,6 +73,7 @@ class AdamRule:
 class AdamState:
     """Two fp32 moments for each element of a range."""
 
+    counted = True
     pieces: Sequence[Piece]
     m: Tensor  # 1D, fp32: exponential average of gradients
     v: Tensor  # 1D, fp32: exponential average of their squares
@@ -145,6 +148,8 @@ class TorchRule:
 
 class TorchState:
     """A clone of the user's optimizer that owns one fp32 tensor for each piece."""
+
+    counted = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], device: torch.device) -> None:
         self.pieces = pieces
