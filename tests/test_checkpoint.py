@@ -123,7 +123,7 @@ def test_refusals_name_what_differs_and_write_nothing():
     steps(model, optimizer, 0, 0, 2)
     part, before = optimizer.state_dict(), optimizer.full_state()
     wrong_rank = {**part, "zerolite": {**part["zerolite"], "ranks": 4}}
-    with pytest.raises(ValueError, match="expected the part of rank 0 of 1, got rank 0 of 4.*consolidate"):
+    with pytest.raises(ValueError, match=r"expected the part of rank 0 of 1, got rank 0 of 4.*consolidate"):
         optimizer.load_state_dict(wrong_rank)
     with pytest.raises(ValueError, match="Update zerolite"):
         optimizer.load_state_dict({**part, "zerolite": {**part["zerolite"], "format": 99}})

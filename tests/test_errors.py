@@ -83,7 +83,7 @@ def test_meta_parameters_and_other_devices():
 
 
 def test_param_dtype_of_a_bf16_model():
-    with pytest.raises(ValueError, match="param_dtype=torch.float16 expects float32"):
+    with pytest.raises(ValueError, match=r"param_dtype=torch\.float16 expects float32"):
         build(seeded(Net).bfloat16(), param_dtype=torch.float16)
 
 
@@ -95,7 +95,7 @@ def test_wrapped_models_are_refused(tmp_path):
             build(model)
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         sharded = torch.distributed.fsdp.fully_shard(nn.Linear(4, 4), mesh=mesh)
-        with pytest.raises(TypeError, match="FSDP|DTensor"):
+        with pytest.raises(TypeError, match=r"FSDP|DTensor"):
             build(sharded)
         with pytest.raises(TypeError, match="DTensor"):
             build(inner=torch.optim.AdamW(sharded.parameters()), pass_model=None)

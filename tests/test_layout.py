@@ -31,7 +31,7 @@ def test_each_element_is_owned_once(sizes, world, limit):
             start, stop = layout.span(rank)
             for piece in layout.pieces(start, stop):
                 name = layout.slots[piece.slot].name
-                assert 0 <= piece.offset and piece.offset + piece.stop - piece.start <= layout.shard
+                assert piece.offset >= 0 and piece.offset + piece.stop - piece.start <= layout.shard
                 for k, element in enumerate(range(piece.start, piece.stop)):
                     assert (name, element) not in seen
                     seen[name, element] = layout.slots[piece.slot].offset + element == start + piece.offset + k

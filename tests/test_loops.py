@@ -485,7 +485,8 @@ def test_a_gan_loop_with_two_models(stage):
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (one, two)]
         if wrap:
             optimizers = [
-                zerolite.ZeroOptimizer(o, m, stage=stage, process_group=comm) for o, m in zip(optimizers, (one, two), strict=True)
+                zerolite.ZeroOptimizer(o, m, stage=stage, process_group=comm)
+                for o, m in zip(optimizers, (one, two), strict=True)
             ]
         for step in range(3):
             batches = [torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + r)) for r in ranks]

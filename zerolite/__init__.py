@@ -1,6 +1,6 @@
 """zerolite: ZeRO for any PyTorch program, by one line.
 
-    optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=2)
+optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=2)
 """
 
 from zerolite.comm.ledger import RankError
@@ -9,4 +9,3 @@ from zerolite.plan import Plan
 from zerolite.version import __version__
 
 __all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__"]
-

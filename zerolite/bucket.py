@@ -32,7 +32,20 @@ from zerolite.update import Rule, State, Target
 class Entry:
     """One parameter, as zerolite knows it."""
 
-    __slots__ = ("bucket", "consumed", "factor", "group", "handle", "index", "live", "name", "param", "slot", "steps", "version")
+    __slots__ = (
+        "bucket",
+        "consumed",
+        "factor",
+        "group",
+        "handle",
+        "index",
+        "live",
+        "name",
+        "param",
+        "slot",
+        "steps",
+        "version",
+    )
 
     def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
         self.name = name

@@ -135,7 +135,7 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
         raise ValueError(f"bucket_mb: expected more than 0, got {options['bucket_mb']!r}")
     check_model(model)
     if plan.params.sharded and model is None:
-        raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model, ...).")
+        raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model).")
     entries, device = _entries(optimizer, model, plan)
     if plan.params.sharded and model is not None:
         specs = find_units(model, options["units"])
@@ -185,7 +185,9 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
     return entries, device
 
 
-def _describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]) -> list[str]:
+def _describe(
+    checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]
+) -> list[str]:
     """One line for each thing that ranks must agree on, the most telling first."""
     lines = [f"torch {torch.__version__}", f"optimizer {type(optimizer).__name__}"]
     lines += [f"option {name}={value!r}" for name, value in options.items()]
@@ -211,7 +213,9 @@ def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
             continue
         for ours, theirs in zip(first, lines, strict=False):
             if ours != theirs:
-                raise ValueError(f"ranks differ: expected on every rank, as on rank 0, [{ours}], got on rank {rank} [{theirs}].")
+                raise ValueError(
+                    f"ranks differ: expected on every rank, as on rank 0, [{ours}], got on rank {rank} [{theirs}]."
+                )
         raise ValueError(f"ranks differ: rank 0 describes {len(first)} things, rank {rank} {len(lines)}.")
 
 
@@ -260,7 +264,7 @@ def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[
     kinds: dict[tuple[torch.dtype, bool], list[Entry]] = {}
     for entry in members:
         kinds.setdefault((entry.param.dtype, entry.param.requires_grad), []).append(entry)
-    buckets = []
+    buckets: list[Bucket] = []
     for (dtype, trained), group in kinds.items():
         target = checked.dtype or dtype
         limit = max(checked.limit // torch.finfo(target).bits * 8, 1)

@@ -119,9 +119,7 @@ def check_groups(saved: dict[str, Any], groups: Sequence[dict[str, Any]]) -> Non
     """Raises ValueError where the saved param groups have other sizes."""
     ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved["param_groups"]]
     if ours != theirs:
-        raise ValueError(
-            f"load_state_dict: expected param groups of {ours} parameters, got {theirs}. Build the optimizer with the same groups."
-        )
+        raise ValueError(f"load_state_dict: expected param groups of {ours} parameters, got {theirs}. Build the same groups.")
 
 
 def _check_part(
@@ -144,20 +142,18 @@ def _check_part(
         if ours.get(index) != list(piece):
             raise ValueError(
                 f"parameter '{names.get(index, index)}': this rank holds elements {ours.get(index)}, the state dict holds "
-                f"{list(piece)}. It was saved with another stage or bucket_mb; save with consolidate_state_dict() to change them."
+                f"{list(piece)}. It was saved with another stage or bucket_mb; consolidate_state_dict() allows that."
             )
 
 
-def _check_whole(
-    saved: dict[str, Any], names: dict[int, str], positions: dict[Tensor, int], buckets: Sequence[Bucket]
-) -> None:
+def _check_whole(saved: dict[str, Any], names: dict[int, str], positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> None:
     shapes = {index: entry.param.shape for entry, index in _indexed(positions, buckets)}
     for index, values in saved["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor) and value.dim() > 0 and index in shapes and value.shape != shapes[index]:
                 raise ValueError(
-                    f"parameter '{names[index]}': expected state '{key}' of shape {tuple(shapes[index])}, got {tuple(value.shape)}"
-                    ". This state dict is of another model, or one rank's part without its 'zerolite' entry."
+                    f"parameter '{names[index]}': expected state '{key}' of shape {tuple(shapes[index])}, got "
+                    f"{tuple(value.shape)}. It is of another model, or one rank's part without its 'zerolite' entry."
                 )
 
 

@@ -44,9 +44,7 @@ class Gradients:
     flight: Pending | None  # the exchange under way
     average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
 
-    def __init__(
-        self, name: str, layout: Layout, comm: Comm, like: list[Tensor], dtype: torch.dtype, suspect: Tensor
-    ) -> None:
+    def __init__(self, name: str, layout: Layout, comm: Comm, like: list[Tensor], dtype: torch.dtype, suspect: Tensor) -> None:
         self.name = name
         self.layout = layout
         self.comm = comm

@@ -49,7 +49,8 @@ class Grads:
                     f"parameter '{entry.name}': a new backward() came after step() without zero_grad(), and the last "
                     "gradients are used up. Call optimizer.zero_grad() after each step."
                 )
-            grad, grad.incoming = grad.incoming, None
+            handle, grad = grad, grad.incoming
+            handle.incoming = None
         elif grad is not None:
             if entry.live:
                 self.drop(entry)  # p.grad was set to None in between (model.zero_grad())
@@ -90,6 +91,7 @@ class Grads:
     def read(self, entry: Entry) -> Tensor:
         """The averaged gradient with its factors, whole (a collective). Shape of the parameter, the handle's dtype."""
         self.reducer.settle(f"read {entry.name}")
+        assert entry.bucket is not None
         full = entry.bucket.whole_gradient()
         value = grads_of(entry.bucket).view(full, entry.slot)
         return (value.float() * entry.factor).to(entry.handle.dtype) if entry.factor != 1.0 else value.to(entry.handle.dtype)

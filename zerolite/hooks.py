@@ -55,9 +55,7 @@ class Hooks:
                 self.on_backward(unit, schedule, outputs, came)
             schedule.leave(unit, grad)
 
-        self.handles.append(
-            module.register_forward_pre_hook(torch._dynamo.disable(before), prepend=True, with_kwargs=True)
-        )
+        self.handles.append(module.register_forward_pre_hook(torch._dynamo.disable(before), prepend=True, with_kwargs=True))
         self.handles.append(module.register_forward_hook(torch._dynamo.disable(after), with_kwargs=True))
 
     def on_backward(self, unit: Unit, schedule: Schedule, outputs: list[Tensor], inputs: list[Tensor]) -> None:
@@ -74,9 +72,7 @@ class Hooks:
 
     def on_state_dict(self, module: nn.Module, fill: Callable[[nn.Module, dict[str, Any], str], None]) -> None:
         """fill(module, state_dict, prefix) after a module has put its entries into a state dict."""
-        self.handles.append(
-            module.register_state_dict_post_hook(lambda m, state, prefix, _: fill(m, state, prefix))
-        )
+        self.handles.append(module.register_state_dict_post_hook(lambda m, state, prefix, _: fill(m, state, prefix)))
 
     def on_load(self, module: nn.Module, borrow: Callable[[nn.Module], None]) -> None:
         """borrow(module) before a module copies entries of a state dict into its parameters."""

@@ -59,7 +59,7 @@ class LazyGrad(Tensor):
     def __init__(self, entry: Entry, source: Source, dtype: torch.dtype) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
         return f"LazyGrad('{self.entry.name}', shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
@@ -70,7 +70,7 @@ class LazyGrad(Tensor):
         return self.source.read(self.entry)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         special = _SPECIAL.get(func.overloadpacket)
         if special is not None:

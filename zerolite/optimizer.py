@@ -18,7 +18,6 @@ from zerolite.build import Built, build, late_buckets
 from zerolite.comm import Comm
 from zerolite.comm.group import GroupComm
 from zerolite.comm.local import LocalComm
-from zerolite.grads import Grads
 from zerolite.memory import Memory, measure
 from zerolite.plan import Plan
 from zerolite.update import Target
@@ -47,7 +46,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
     on every rank and before anything is changed, for what is not supported or differs between ranks.
     """
 
-    plan: Plan
     skipped_steps: int  # steps left out because a gradient was not finite
 
     def __init__(
@@ -143,7 +141,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps += 1
         if self.skipped_steps == 1:
             warnings.warn(
-                "zerolite: a gradient is not finite; this step changed nothing on any rank (optimizer.skipped_steps counts them).",
+                "zerolite: a gradient is not finite; this step changed nothing on any rank (see optimizer.skipped_steps).",
                 stacklevel=4,
             )
 
@@ -188,8 +186,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Optimizer state by parameter name, whole, on the CPU of every rank (a collective)."""
         return checkpoint.whole_states(self._trained, self._parts.comm)
 
-    @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, dict[str, Any]]:
         """This rank's part of the state by parameter: 1D views of the elements it owns."""
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
@@ -209,7 +207,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return measure(self.plan, self._parts.buckets)
 
     @property
-    def plan(self) -> Plan:  # type: ignore[no-redef]
+    def plan(self) -> Plan:
         """What rests sharded, where, and how many bytes it takes."""
         return self._parts.plan
 

@@ -97,7 +97,7 @@ def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
         )
     if p.device != device:
         raise ValueError(
-            f"parameter '{name}': expected device {device} as the first parameter, got {p.device}. Move the model to one device."
+            f"parameter '{name}': expected device {device} as the first parameter, got {p.device}. Use one device."
         )
     if p.layout != torch.strided:
         raise TypeError(f"parameter '{name}': expected a dense tensor, got layout {p.layout}.")
@@ -117,6 +117,4 @@ def check_model(model: nn.Module | None) -> None:
                 "gradients itself; pass the model without that wrapper."
             )
         if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(
-                f"module '{name}': expected dense gradients, got {kind}(sparse=True). Build it with sparse=False."
-            )
+            raise ValueError(f"module '{name}': expected dense gradients, got {kind}(sparse=True). Build it with sparse=False.")

@@ -181,7 +181,7 @@ class Reducer:
             grads_of(bucket).start(self.local)
 
 
-def grads_of(bucket: Bucket) -> Gradients:
+def grads_of(bucket: Bucket | None) -> Gradients:
     """The gradients of a trained bucket."""
-    assert bucket.grads is not None
+    assert bucket is not None and bucket.grads is not None
     return bucket.grads

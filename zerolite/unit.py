@@ -120,7 +120,7 @@ class Schedule:
         """The forward of the whole model is over."""
         if self.in_backward():
             return
-        self.order = [unit for unit in self.seen]
+        self.order = list(self.seen)
         if not grad:
             self.release_all()
 

@@ -87,6 +87,7 @@ class AdamState:
         rows: dict[tuple[int, int, float], int] = {}
         table: list[tuple[float, ...]] = []
         spans: list[list[int]] = []
+        last = -2  # the piece before this one
         for target in targets:
             key = (id(target.group), target.steps, target.factor)
             if key not in rows:
@@ -194,9 +195,8 @@ def make_rule(optimizer: torch.optim.Optimizer) -> Rule:
         for option in ("differentiable", "capturable"):
             if group.get(option):
                 raise NotImplementedError(f"{name}: expected {option}=False, got True. Build it without {option}.")
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-        if not any(group["amsgrad"] for group in optimizer.param_groups):
-            return AdamRule()
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not any(g["amsgrad"] for g in optimizer.param_groups):
+        return AdamRule()
     return TorchRule(optimizer)
 
 
