@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from zerolite import kernels
+from zerolite import host, kernels
 from zerolite.kernels import reference
 from zerolite.kernels.ops import ADAM_ROW, LIMBS
 from zerolite.norm import _value, exact_sum
@@ -277,6 +277,25 @@ def test_environment_forces_an_instruction_set(isa):
 def test_environment_mistakes_are_named():
     assert "ZEROLITE_KERNELS: expected" in python("import zerolite", ZEROLITE_KERNELS="fast").stderr
     assert "instruction set 'mmx'" in python("import zerolite", ZEROLITE_ISA="mmx").stderr
+
+
+def test_threads_follow_the_cores_of_the_ranks_here(monkeypatch):
+    code = (
+        "import torch, zerolite, os; from zerolite import kernels, host; p = torch.nn.Parameter(torch.ones(3));"
+        "zerolite.ZeroOptimizer(torch.optim.AdamW([p])); print(kernels.threads(), host.usable_cores())"
+    )
+    found = python(code, OMP_NUM_THREADS="1", WORLD_SIZE="1").stdout.split()
+    assert found[0] == found[1] and int(found[1]) >= 1
+    assert python(code, ZEROLITE_THREADS="3", WORLD_SIZE="1").stdout.split()[0] == "3"
+    assert "ZEROLITE_THREADS: expected a number" in python(code, ZEROLITE_THREADS="all").stderr
+
+
+@pytest.mark.parametrize("text,cores", [("max 100000", 8), ("150000 100000", 2), ("800000 100000", 8), ("garbage", 8)])
+def test_cores_follow_the_cgroup(tmp_path, monkeypatch, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(host, "_CGROUP", (tmp_path / "cpu.max", tmp_path / "none"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert host.usable_cores() == cores
 
 
 def test_import_has_no_side_effects():

@@ -12,6 +12,7 @@ LAYERS = {
     "version": 0,
     "layout": 0,
     "plan": 0,
+    "host": 1,
     "partition": 1,
     "kernels": 1,
     "comm": 2,

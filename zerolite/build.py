@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from zerolite.bucket import Bucket, Entry, rest_dtype
 from zerolite.comm import Comm
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
+from zerolite.host import identity as host_identity
+from zerolite.host import usable_cores
+from zerolite.kernels import set_threads
 from zerolite.layout import cut
 from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
 from zerolite.plan import Plan, Widths, make_plan, with_rows
@@ -113,11 +117,20 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     except Exception as error:  # told to the other ranks, then raised
         problem, description = error, [f"{type(error).__name__}: {error}"]
     shared = comm.share((problem is not None, description), "set-up comparison")
+    _share_cores(comm)
     if problem is not None:
         raise problem
     assert checked is not None
     _compare(shared, comm)
     return _make(checked, model, comm)
+
+
+def _share_cores(comm: Comm) -> None:
+    """Kernel threads: this process's part of the cores, whatever OMP_NUM_THREADS says; the user's setting wins."""
+    host, _ = host_identity()
+    here = {process for other, process in comm.share(host_identity(), "set-up hosts") if other == host}
+    if "ZEROLITE_THREADS" not in os.environ:
+        set_threads(max(usable_cores() // len(here), 1))
 
 
 def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm) -> Checked:

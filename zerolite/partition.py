@@ -95,6 +95,10 @@ def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
             f"parameter '{name}': expected a tensor with values, got one on the meta device. Call model.to_empty(device=...) "
             "and initialise it first."
         )
+    if p.device.type != "cpu":
+        raise NotImplementedError(
+            f"parameter '{name}': expected a CPU tensor, got device {p.device}, which this version lacks. Use model.cpu()."
+        )
     if p.device != device:
         raise ValueError(
             f"parameter '{name}': expected device {device} as the first parameter, got {p.device}. Use one device."

@@ -71,3 +71,7 @@ def threads() -> int:
 _loaded = _load()
 if _loaded and "ZEROLITE_ISA" in os.environ:
     set_isa(os.environ["ZEROLITE_ISA"])
+if "ZEROLITE_THREADS" in os.environ:
+    if not os.environ["ZEROLITE_THREADS"].isdigit():
+        raise ValueError(f"ZEROLITE_THREADS: expected a number, got {os.environ['ZEROLITE_THREADS']!r}")
+    set_threads(int(os.environ["ZEROLITE_THREADS"]))

@@ -1,0 +1,38 @@
+"""What this process may use of its host."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+_CGROUP = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, at most the CPU quota of its cgroup, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(min(cores, _quota(cores)), 1)
+
+
+def _quota(cores: int) -> int:
+    unified, legacy = _CGROUP
+    try:
+        if unified.exists():
+            quota, period = unified.read_text().split()
+        else:
+            quota, period = legacy.read_text().strip(), legacy.with_name("cpu.cfs_period_us").read_text().strip()
+        return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        return cores
+
+
+def identity() -> tuple[str, int]:
+    """(host, process): equal hosts share memory. A container has its own boot id view but shares the kernel's, so the
+    IPC and mount namespaces count too."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        spaces = "-".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("ipc", "mnt"))
+    except OSError:
+        boot, spaces = socket.gethostname(), ""
+    return f"{boot}/{spaces}", os.getpid()
