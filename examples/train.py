@@ -36,7 +36,15 @@ import zerolite
 
 MODELS = {"tiny": (128, 2, 4), "small": (384, 6, 6), "gpt2": (768, 12, 12)}  # width, layers, heads
 VOCABULARY = 4096
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # not code, or not its own
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}  # not code, or not its own
 
 
 # ---- options
@@ -128,15 +136,22 @@ def text_files(data: Path | None) -> list[Path]:
 
 def tokenize(files: list[Path]) -> tuple[Tokenizer, np.ndarray]:
     """A byte-level BPE tokenizer trained on a sample of the files, and the tokens of all, one after the other."""
-    texts = [p.read_text("utf-8", errors="replace") for p in files]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts[:: 1 + len(texts) // 200], trainer)
-    encoded = tokenizer.encode_batch_fast(texts)
-    return tokenizer, np.fromiter((i for e in encoded for i in e.ids), dtype=np.uint16)
+    tokenizer.train_from_iterator(map(read, files[:: 1 + len(files) // 200]), trainer)
+    ids = [np.empty(0, dtype=np.uint16)]
+    for start in range(0, len(files), 32):  # a few at a time: what the tokenizer returns is far larger than the text
+        encoded = tokenizer.encode_batch_fast([read(path) for path in files[start : start + 32]])
+        ids += [np.array(text.ids, dtype=np.uint16) for text in encoded]
+    return tokenizer, np.concatenate(ids)
+
+
+def read(path: Path) -> str:
+    """A file's text."""
+    return path.read_text("utf-8", errors="replace")
 
 
 def load_text(args: argparse.Namespace) -> tuple[Tokenizer, np.ndarray]:

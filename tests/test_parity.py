@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -53,6 +54,22 @@ def test_same_bits_under_no_sync(world, dtype):
     results = [on_threads(world, train_on, replace(run, **variant)) for variant in VARIANTS]
     for variant, result in zip(VARIANTS, results, strict=True):
         assert equal(result[0], results[0][0]), variant
+
+
+@pytest.mark.parametrize("pattern", ["s n s", "n s n", "s n", "n n", "s s n s n"])
+def test_same_bits_for_any_mixture_of_no_sync(pattern):
+    def body(comm, stage, bucket_mb):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16, bucket_mb=bucket_mb), comm)
+        for step in range(2):
+            for micro, kind in enumerate(pattern.split()):
+                with optimizer.no_sync() if kind == "n" else contextlib.nullcontext():
+                    loss_of(model, tokens_for(step, micro, comm.rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    results = [on_threads(2, body, stage, mb)[0] for stage, mb in [(0, 25), (1, 25), (2, 25), (3, 25), (2, 1e-6)]]
+    assert all(equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("order", [1.0, 3.0, 0.5, float("inf"), 0.0])

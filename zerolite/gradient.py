@@ -39,7 +39,8 @@ class Gradients:
     expected: int  # arrivals that complete a round
     arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet
     packed: set[int]  # slots of this round in `full`
-    full: Tensor | None  # 1D, layout.numel: this round's gradients of this rank
+    wide: bool  # this round began with the local sum, so it travels in fp32
+    full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
     local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
     flight: Pending | None  # the exchange under way
     average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
@@ -63,6 +64,7 @@ class Gradients:
         """Forgets every gradient."""
         self.arrived = {}
         self.packed = set()
+        self.wide = False
         self.full = self.local = self.flight = self.average = None
 
     def holds(self, slot: int) -> bool:
@@ -77,7 +79,7 @@ class Gradients:
     @property
     def waiting(self) -> bool:
         """Whether something was collected that has not gone out."""
-        return bool(self.arrived or self.packed or self.local is not None)
+        return bool(self.arrived or self.packed or self.wide or self.local is not None)
 
     def put(self, slot: int, grad: Tensor) -> None:
         """Takes one gradient of this round (shape and dtype of the parameter)."""
@@ -91,6 +93,18 @@ class Gradients:
             self.local = torch.zeros(self.layout.numel, dtype=torch.float32, device=grad.device)
         self.view(self.local, slot).add_(grad)
 
+    def widen(self) -> None:
+        """The next round begins with the local sum."""
+        assert not self.arrived and not self.packed
+        self.full, self.local, self.wide = self.local, None, True
+
+    def _round(self) -> Tensor:
+        """This round's buffer."""
+        if self.full is None:
+            dtype = torch.float32 if self.wide else self.dtype
+            self.full = torch.zeros(self.layout.numel, dtype=dtype, device=self.suspect.device)
+        return self.full
+
     def view(self, flat: Tensor, slot: int) -> Tensor:
         """The parameter-shaped view of `slot` in a bucket-shaped tensor."""
         shape, stride = self.views[slot]
@@ -100,38 +114,33 @@ class Gradients:
         """Copies what has arrived into `full`, and looks once for values that are not plainly finite."""
         if not self.arrived:
             return
-        if self.full is None:
-            device = next(iter(self.arrived.values())).device
-            self.full = torch.zeros(self.layout.numel, dtype=self.dtype, device=device)
+        full = self._round()
         plain: list[Tensor] = []
         offsets: list[int] = []
         for slot, grad in self.arrived.items():
             shape, stride = self.views[slot]
-            if grad.dtype == self.dtype and grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride)):
+            if self.wide:
+                self.view(full, slot).add_(grad)
+            elif grad.dtype == self.dtype and grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride)):
                 plain.append(grad)
                 offsets.append(self.layout.slots[slot].offset)
             else:
-                self.view(self.full, slot).copy_(grad)
-        pack_(self.full, plain, offsets)
+                self.view(full, slot).copy_(grad)
+        pack_(full, plain, offsets)
         self.packed.update(self.arrived)
         self.arrived = {}
-        exceeds_(self.suspect, self.full, _SUSPECT[self.dtype])
+        exceeds_(self.suspect, full, _SUSPECT[full.dtype])
 
-    def start(self, wide: bool) -> None:
-        """Begins the exchange of this round; slots without a gradient count as 0.
-
-        wide  the round includes a local sum on some rank, so it travels in fp32 on all
-        """
+    def start(self) -> None:
+        """Begins the exchange of this round; slots without a gradient count as 0."""
         self.finish()
         self.pack()
-        full = self.full
-        if full is None:
-            full = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.suspect.device)
-        if wide:
-            full = full.float() if self.local is None else self.local.add_(full)
+        full = self._round()
+        if self.wide:
             exceeds_(self.suspect, full, _SUSPECT[torch.float32])
         self.flight = self.comm.exchange(full, f"exchange {self.name}")
-        self.full = self.local = None
+        self.full = None
+        self.wide = False
         self.packed = set()
 
     def sources(self) -> tuple[list[Tensor], float]:

@@ -29,8 +29,8 @@ class Reducer:
     suspect: Tensor  # int64 [1]: see Gradients.suspect
     sync: bool  # False inside no_sync()
     active: bool  # a backward is under way
-    open: bool  # something was collected that has not gone out
-    local: bool  # part of it was collected under no_sync()
+    open: bool  # a synchronised backward left something that has not gone out
+    local: bool  # a backward under no_sync() did
     next: int  # position in `order` of the next bucket to go out in this backward
     version: int  # counts changes of any gradient, for caches
     at_end: list[Callable[[], None]]  # called when a backward is over
@@ -64,8 +64,10 @@ class Reducer:
         """A backward is under way: what an earlier one left goes out first, and `leave` follows at its end."""
         if self.active:
             return
-        if self.sync and self.open and not self.local:
-            self.flush()
+        if self.sync and self.open:
+            self._send()
+        if self.sync and self.local:
+            self._widen()
         for bucket in self.order:
             grads_of(bucket).expected = sum(entry.param.requires_grad for entry in bucket.entries)
         self.active = True
@@ -82,13 +84,13 @@ class Reducer:
             grads.multiply(entry.slot, entry.factor)
             entry.factor = 1.0
         entry.live = True
-        self.open = True
         if not self.sync:
             self.local = True
             grads.hold(entry.slot, grad)
             return
+        self.open = True
         if grads.holds(entry.slot):
-            grads.start(self.local)
+            grads.start()
         grads.put(entry.slot, grad)
         if self.plan.grads.sharded and grads.complete:
             self._advance()
@@ -96,7 +98,7 @@ class Reducer:
     def _advance(self) -> None:
         """Sends complete buckets while they are next in order; the one sent before is averaged meanwhile."""
         while self.next < len(self.order) and grads_of(self.order[self.next]).complete:
-            grads_of(self.order[self.next]).start(self.local)
+            grads_of(self.order[self.next]).start()
             if self.next > 0:
                 grads_of(self.order[self.next - 1]).finish()
             self.next += 1
@@ -107,30 +109,43 @@ class Reducer:
             for position, bucket in enumerate(self.order):
                 # A reentrant checkpoint may bring a gradient again after its bucket went out.
                 if position >= self.next or grads_of(bucket).waiting:
-                    grads_of(bucket).start(self.local)
+                    grads_of(bucket).start()
             for bucket in self.order:
                 grads_of(bucket).finish()
-            self.open = self.local = False
+            self.open = False
         self.active = False
         self.next = 0
         for call in self.at_end:
             call()
 
     def flush(self) -> None:
-        """Everything collected goes out, in order, and is averaged."""
+        """Everything collected goes out, in order, and is averaged: the round of a synchronised backward, then what
+        no_sync() has left, in the order that it has where gradients rest sharded."""
+        if self.open:
+            self._send()
+        if self.local:
+            self._widen()
+            self._send()
+
+    def _send(self) -> None:
         for bucket in self.order:
-            grads_of(bucket).start(self.local)
+            grads_of(bucket).start()
         for bucket in self.order:
             grads_of(bucket).finish()
-        self.open = self.local = False
+        self.open = False
+
+    def _widen(self) -> None:
+        """The local sums become the beginning of a round, on all ranks."""
+        for bucket in self.order:
+            grads_of(bucket).widen()
+        self.local, self.open = False, True
 
     def settle(self, what: str) -> None:
         """Every rank's gradients are averaged (a collective; ranks agree first on whether anything is open)."""
         state = torch.tensor([int(self.open), int(self.local)])
         self.comm.max_(state, what)
         self.open, self.local = bool(state[0]), bool(state[1])
-        if self.open:
-            self.flush()
+        self.flush()
 
     # ---- before a step
 
@@ -165,8 +180,7 @@ class Reducer:
         """Whether every averaged gradient is finite on every rank; exact where a large value was seen, else free."""
         if not bool(self.suspect):
             return True
-        if self.open:
-            self.flush()
+        self.flush()
         bad = torch.zeros(1, dtype=torch.int64, device=self.suspect.device)
         for bucket in self.order:
             average = grads_of(bucket).average
@@ -177,8 +191,10 @@ class Reducer:
 
     def begin(self, buckets: list[Bucket]) -> None:
         """Starts the exchange of buckets that are about to be updated, if anything has not gone out."""
+        if self.local:
+            self.flush()
         for bucket in buckets if self.open else []:
-            grads_of(bucket).start(self.local)
+            grads_of(bucket).start()
 
 
 def grads_of(bucket: Bucket | None) -> Gradients:
