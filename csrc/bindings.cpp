@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "flags.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -199,6 +200,21 @@ void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets) 
   });
 }
 
+// Flags are int64 counters in memory that processes share.
+int64_t* flag_at(Tensor& flags, int64_t place) {
+  check(flags, ScalarType::Long, flags.numel(), "flags", "int64");
+  STD_TORCH_CHECK(0 <= place && place < flags.numel(), "flags: place ", place, " of ", flags.numel());
+  return static_cast<int64_t*>(flags.mutable_data_ptr()) + place;
+}
+
+void flag_store_(Tensor flags, int64_t place, int64_t value) { flag_store(flag_at(flags, place), value); }
+
+bool flag_wait_(Tensor flags, std::vector<int64_t> places, int64_t value, double seconds) {
+  std::vector<const int64_t*> at;
+  for (int64_t place : places) at.push_back(flag_at(flags, place));
+  return flag_wait(at.data(), at.size(), value, seconds);
+}
+
 bool use_isa_(std::string name) { return use_isa(name.c_str()); }
 std::string isa_() { return kernels().name; }
 int64_t threads_(int64_t count) {
@@ -214,6 +230,8 @@ STABLE_TORCH_LIBRARY_IMPL(zerolite, CPU, m) {
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));
   m.impl("pack_", TORCH_BOX(&pack_));
+  m.impl("flag_store_", TORCH_BOX(&flag_store_));
+  m.impl("flag_wait", TORCH_BOX(&flag_wait_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zerolite, CompositeExplicitAutograd, m) {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for
@@ -147,6 +150,19 @@ def test_a_write_during_the_forward_is_kept_at_stage_3():
     model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     assert model.state_dict()["0.up.weight"].abs().max() <= 0.01 + 1e-9
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_dropped_model_and_optimizer_free_their_memory(stage):
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []
 
 
 def test_units_option_chooses_what_is_gathered_as_one():

@@ -26,7 +26,18 @@ def source(tmp_path_factory):
 
 
 def wheel(source, out, **env):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(out),
+        str(source),
+    ]
     subprocess.run(command, check=True, timeout=110, env={**os.environ, **env}, capture_output=True)
     (path,) = out.glob("*.whl")
     return path
@@ -76,7 +87,11 @@ def test_without_a_compiler_it_installs_and_says_so_once(source, tmp_path):
 
 def test_the_source_distribution_is_complete(source, tmp_path):
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=source, check=True, timeout=60, capture_output=True
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=source,
+        check=True,
+        timeout=60,
+        capture_output=True,
     )
     (path,) = tmp_path.glob("*.tar.gz")
     names = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True).stdout

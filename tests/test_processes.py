@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +23,13 @@ def train_processes(rank, runs):
     return [train(None, rank, run) for run in runs]
 
 
-def test_same_bits_over_gloo_as_over_threads():
+GROUP = {"ZEROLITE_SHARED": "0"}  # messages over gloo, as between hosts
+
+
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_same_bits_over_processes_as_over_threads(env):
     runs = [Run(stage=stage, dtype=dtype, micro=2, clip=0.5) for stage in (0, 1, 2, 3) for dtype in (None, torch.bfloat16)]
-    for rank, results in enumerate(on_processes(3, train_processes, runs)):
+    for rank, results in enumerate(on_processes(3, train_processes, runs, env=env)):
         for run, result in zip(runs, results, strict=True):
             assert equal(result, on_threads(3, train_on, run)[rank]), run
 
@@ -40,9 +46,10 @@ def grads_and_ddp(rank, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_equal_ddp_at_two_ranks(stage):
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_gradients_equal_ddp_at_two_ranks(stage, env):
     # at two ranks the sum has one order and the half is exact, so fp32 gradients are DDP's to the last bit
-    assert on_processes(2, grads_and_ddp, stage) == [(True, True)] * 2
+    assert on_processes(2, grads_and_ddp, stage, env=env) == [(True, True)] * 2
 
 
 def train_beside_ddp(rank, stage, steps):
@@ -118,7 +125,7 @@ def wire_of_a_step(rank, stage, micro, no_sync):
 @pytest.mark.parametrize("world", [2, 4])
 def test_stages_1_and_2_move_two_bytes_twice_a_parameter(world):
     for stage in (1, 2):
-        for (calls, sent), _, numels, _, buckets in on_processes(world, wire_of_a_step, stage, 1, False):
+        for (calls, sent), _, numels, _, buckets in on_processes(world, wire_of_a_step, stage, 1, False, env=GROUP):
             each = sum(numels) * 2 * (world - 1) // world
             assert sent["all_to_all_single"] == each and sent["all_gather"] == each
             assert calls["all_to_all_single"] == calls["all_gather"] == buckets
@@ -126,7 +133,7 @@ def test_stages_1_and_2_move_two_bytes_twice_a_parameter(world):
 
 
 def test_stage_3_moves_one_gather_more():
-    for (calls, sent), _, numels, once, buckets in on_processes(2, wire_of_a_step, 3, 1, False):
+    for (calls, sent), _, numels, once, buckets in on_processes(2, wire_of_a_step, 3, 1, False, env=GROUP):
         each = sum(numels) * 2 // 2
         assert sent["all_to_all_single"] == each
         # forward and backward, but the root and the last unit stay gathered in between
@@ -136,7 +143,7 @@ def test_stage_3_moves_one_gather_more():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_sync_moves_nothing_until_the_last_micro_batch(stage):
-    for _, counts, _, _, buckets in on_processes(2, wire_of_a_step, stage, 3, True):
+    for _, counts, _, _, buckets in on_processes(2, wire_of_a_step, stage, 3, True, env=GROUP):
         assert counts[:2] == [0, 0] and counts[2] == (buckets if stage >= 2 else 0)
 
 
@@ -170,11 +177,11 @@ def die_somewhere(rank, stage, where):
     return start
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage,env", [(1, {}), (3, {}), (3, GROUP)], ids=["1-shared", "3-shared", "3-gloo"])
 @pytest.mark.parametrize("where", ["forward", "backward", "step"])
-def test_a_killed_rank_is_an_error_on_the_others(stage, where):
+def test_a_killed_rank_is_an_error_on_the_others(stage, env, where):
     start = time.monotonic()
-    found = outcomes(3, die_somewhere, stage, where, timeout=30)
+    found = outcomes(3, die_somewhere, stage, where, timeout=30, env=env)
     assert found[1] == ("died", -signal.SIGKILL)
     for rank in (0, 2):
         kind, (name, message, _) = found[rank]
@@ -239,8 +246,9 @@ def stop_one(rank):
     optimizer.step()
 
 
-def test_a_stuck_rank_is_an_error_within_the_timeout():
-    found = outcomes(2, stop_one, timeout=4, env={"ZEROLITE_PATIENCE": "1"})
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_a_stuck_rank_is_an_error_within_the_timeout(env):
+    found = outcomes(2, stop_one, timeout=4, env={"ZEROLITE_PATIENCE": "1", **env})
     kind, (name, message, _) = found[0]
     assert (kind, name) == ("error", "RankError") and "waited 4 s in 'exchange" in message
 
@@ -348,6 +356,107 @@ def leave_nothing(rank):
     shared = [name for name in os.listdir("/dev/shm") if "zerolite" in name] if os.path.isdir("/dev/shm") else []
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     return shared, threading.active_count()
+
+
+def nothing_is_sent(rank, stage):
+    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), None)
+    before = dict(optimizer._parts.comm.ledger.sent)
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = optimizer._parts.comm.ledger.sent
+    return {phase: after[phase] - before.get(phase, 0) for phase in ("exchange", "gather")}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_of_one_host_send_no_gradient_and_no_parameter(stage):
+    assert on_processes(2, nothing_is_sent, stage) == [{"exchange": 0, "gather": 0}] * 2
+
+
+def write_as_if_alone(rank, stage):
+    """An average-weights swap, as scripts do it: save, replace, use, put back; and a scaled parameter."""
+    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16, lr=0.0, options=(("weight_decay", 0.0),)), None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    saved = {name: p.data.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data.fill_(rank + 1.0)
+    time.sleep(0.3 * rank)  # a rank that is late must not save what another has written
+    inside = all(bool((p == rank + 1.0).all()) for p in model.parameters())
+    for name, p in model.named_parameters():
+        p.data.copy_(saved[name])
+    restored = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        model.norm.weight.mul_(2.0)  # once on each rank, so twice the value, not 2 ** ranks
+        model.scale.data.add_(1.0)  # past autograd's version counter
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    weight, scale = model.norm.weight.clone(), model.scale.item()
+    loss_of(model, tokens_for(1, 0, rank)).backward()
+    optimizer.step()
+    masters = optimizer.full_state()
+    return inside, restored, weight, scale, masters["norm.weight"]["master"], masters["scale"]["master"].item()
+
+
+@pytest.mark.filterwarnings("ignore:parameter")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_write_to_a_shared_parameter_stays_with_its_rank(stage):
+    for inside, restored, weight, scale, master, scale_master in on_processes(2, write_as_if_alone, stage):
+        assert inside and restored
+        assert torch.equal(weight, torch.full((13,), 2.0, dtype=torch.bfloat16)) and scale == 2.0
+        assert torch.equal(master, torch.full((13,), 2.0)) and scale_master == 2.0
+
+
+def no_proc_access(rank):
+    import logging
+
+    import zerolite.comm.shared as shared
+
+    seen = []
+    logging.getLogger("zerolite").addHandler(
+        type("H", (logging.Handler,), {"emit": lambda self, r: seen.append(r.getMessage())})()
+    )
+    if rank == 1:
+
+        def denied(*args, **kwargs):
+            args[2]((0, 0, 0))
+            args[2](None)
+            raise PermissionError("no access")
+
+        shared.Segment = denied
+    result = train(None, rank, Run(stage=2, steps=2))
+    return result["losses"], seen
+
+
+def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once():
+    plain = on_processes(2, train_processes, [Run(stage=2, steps=2)], env=GROUP)
+    for rank, (losses, seen) in enumerate(on_processes(2, no_proc_access)):
+        assert losses == plain[rank][0]["losses"]
+        assert len(seen) == (1 if rank == 0 else 0) and all("cannot share memory (PermissionError" in text for text in seen)
+
+
+def shared_bytes(rank):
+    before = set(os.listdir("/proc/self/fd"))
+    model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), None)
+    at_rest = []
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        at_rest.append((optimizer.memory().live, optimizer.plan.bytes_at_rest))
+        optimizer.step()
+        optimizer.zero_grad()
+    open_now = [f"/proc/self/fd/{fd}" for fd in set(os.listdir("/proc/self/fd")) - before]
+    kept = [path for path in open_now if os.path.lexists(path) and "zerolite" in os.readlink(path)]
+    mapped = "zerolite" in Path("/proc/self/maps").read_text()
+    del model, optimizer
+    gc.collect()
+    return at_rest, kept, mapped, "zerolite (deleted)" in Path("/proc/self/maps").read_text()
+
+
+def test_shared_memory_is_counted_and_keeps_no_descriptor():
+    for at_rest, files, mapped, mapped_after in on_processes(2, shared_bytes):
+        assert all(live == planned for live, planned in at_rest) and files == []
+        assert mapped and not mapped_after
 
 
 def test_nothing_stays_behind():

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.comm import Comm, Pending
+from zerolite.comm.local import Done
+from zerolite.comm.shared import Home
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
@@ -31,21 +33,6 @@ from zerolite.update import Rule, State, Target
 
 class Entry:
     """One parameter, as zerolite knows it."""
-
-    __slots__ = (
-        "bucket",
-        "consumed",
-        "factor",
-        "group",
-        "handle",
-        "index",
-        "live",
-        "name",
-        "param",
-        "slot",
-        "steps",
-        "version",
-    )
 
     def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
         self.name = name
@@ -71,6 +58,7 @@ class Bucket:
     comm: Comm
     entries: list[Entry]
     full: Tensor  # 1D, layout.numel, compute dtype; its storage is empty while released
+    home: Home | None  # the parameters once for all ranks of a host; None: every rank has its own
     shard: Tensor  # 1D, layout.shard, compute dtype: this rank's range
     mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
@@ -78,7 +66,9 @@ class Bucket:
     grads: Gradients | None
     views: list[Tensor]  # parameter-shaped views of `full`
     blanks: list[Tensor]  # parameter-shaped NaN, shown while released
-    pending: Pending | None  # a gather or publish under way
+    pending: Pending | None  # a gather or publish into `full` under way
+    published: Pending | None  # a publish into the shared home under way
+    stale: bool  # this process has private pages over the shared home
 
     def __init__(
         self, name: str, layout: Layout, entries: list[Entry], plan: Plan, comm: Comm, dtype: torch.dtype, trained: bool
@@ -88,7 +78,8 @@ class Bucket:
         self.plan = plan
         self.comm = comm
         self.entries = entries
-        self.pending = None
+        self.pending = self.published = None
+        self.stale = False
         self.state = None
         self.grads = None
         device = entries[0].param.device
@@ -103,17 +94,24 @@ class Bucket:
             entry.bucket, entry.slot = self, slot
             self._view(values, slot).copy_(entry.param.detach())
         self.comm.broadcast_(values, f"set-up {self.name}")
-        if values.dtype == dtype:
-            self.full, low = values, None
-        else:
-            self.full = torch.zeros(self.layout.numel, dtype=dtype, device=device)
-            low = torch.zeros(self.layout.numel, dtype=rest_dtype(dtype), device=device)
-            split_(self.full, low, values)
+        low = None
+        if values.dtype != dtype:
+            full, low = torch.zeros_like(values, dtype=dtype), torch.zeros_like(values, dtype=rest_dtype(dtype))
+            split_(full, low, values)
+            values = full
+        self.full, self.home = values, None
+        if self.plan.states.sharded:  # else every rank writes all of it
+            self.home = self.comm.home(self.layout.numel, dtype, private=not self.plan.params.sharded)
         self.shard = self.full[start:stop]
+        if self.home is not None:
+            self.home.shared[start:stop] = self.shard
+            self.shard = self.home.shared[start:stop]
+            self.home.publish(f"set-up {self.name}").wait()
+            self.full = values if self.home.private is None else self.home.private
         self.mine = self.shard if self.plan.states.sharded else self.full
         if low is not None and trained:
             self.rest = low[start:stop].clone() if self.plan.states.sharded else low
-        if self.plan.params.sharded:
+        if self.plan.params.sharded and self.home is None:
             self.shard = self.mine = self.shard.clone()
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
@@ -138,7 +136,8 @@ class Bucket:
             if self.full.dtype == torch.float16:
                 self.rest.copy_(self.mine)
         self.state = rule.allocate(self.pieces, self.mine.numel(), self.mine.device)
-        self.grads = Gradients(self.name, self.layout, self.comm, self.views, self.full.dtype, suspect)
+        lane = self.comm.lane(self.layout.numel, self.mine.device, self.plan.grads.sharded)
+        self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, self.full.dtype, suspect)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -165,7 +164,12 @@ class Bucket:
         """Begins to fill `full` from all ranks' shards. Idempotent: calling it early is prefetching."""
         if not self.whole:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-            self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+            what = f"gather {self.name}"
+            if self.home is None:
+                self.pending = self.comm.gather(self.full, self.shard, what)
+            else:
+                self.comm.ledger.enter(what, 0)
+                self.pending = Done(self.full.copy_(self.home.shared))
 
     def ready(self) -> None:
         """Waits for a gather under way and shows the parameters whole."""
@@ -187,14 +191,20 @@ class Bucket:
 
     def publish(self) -> None:
         """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole."""
-        if self.plan.params.sharded:
-            return
-        if self.plan.states.sharded:
+        if self.home is not None:
+            self.published = self.home.publish(f"gather {self.name}")
+        elif self.plan.states.sharded and not self.plan.params.sharded:
             self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
 
     def finish_publish(self) -> None:
         """Waits for a publish."""
-        if not self.plan.params.sharded:
+        if self.published is not None:
+            self.published.wait()
+            self.published = None
+            if self.stale and self.home is not None:
+                self.home.segment.refresh()
+                self.stale = False
+        elif not self.plan.params.sharded:
             self.ready()
 
     def shows(self, entry: Entry) -> bool:
@@ -209,9 +219,14 @@ class Bucket:
     def keep_writes(self, quiet: bool = False) -> None:
         """Adopts values that someone else wrote to the parameters: the master becomes the new value."""
         slots = self.written()
+        separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
+        if self.home is not None and self.home.private is not None:
+            self.stale = self.stale or self.home.segment.dirty()
+            slots = list(range(len(self.entries))) if self.stale else []
         if not slots:
             return
         start = self.span[0]
+        found = not separate
         for piece in self.pieces:
             if piece.slot not in slots:
                 continue
@@ -220,15 +235,16 @@ class Bucket:
             assert piece.offset == at - start
             new = self.full[at : at + piece.stop - piece.start]
             changed = torch.ones_like(new, dtype=torch.bool)
-            if self.plan.params.sharded:
+            if separate:
                 changed = new.view(bits_dtype(new.dtype)) != self.mine[part].view(bits_dtype(new.dtype))
                 self.mine[part] = new
+                found = found or bool(changed.any())
             if self.rest.numel():
                 fresh = torch.zeros_like(self.rest[part]) if self.rest.dtype == torch.int16 else new.float()
                 self.rest[part] = torch.where(changed, fresh, self.rest[part])
         for slot in slots:
             self.entries[slot].version = self.entries[slot].param._version
-        if not quiet and self.rest.numel():
+        if found and not quiet and self.rest.numel():
             warnings.warn(
                 f"parameter '{self.entries[slots[0]].name}' (and {len(slots) - 1} more) was written outside of the optimizer: "
                 "its fp32 master restarts from the written value.",
@@ -286,7 +302,7 @@ class Bucket:
         """Live tensors by term of the plan (views of one storage count once)."""
         states = [self.rest, *(self.state.tensors() if self.state is not None else [])]
         return {
-            "params": [self.full, self.shard],
+            "params": [self.full, *([] if self.home is not None and self.home.private is not None else [self.shard])],
             "grads": self.grads.tensors() if self.grads is not None else [],
             "states": states,
         }

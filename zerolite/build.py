@@ -12,6 +12,7 @@ from torch import nn
 
 from zerolite.bucket import Bucket, Entry, rest_dtype
 from zerolite.comm import Comm
+from zerolite.comm.shared import share_host
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
@@ -117,18 +118,19 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     except Exception as error:  # told to the other ranks, then raised
         problem, description = error, [f"{type(error).__name__}: {error}"]
     shared = comm.share((problem is not None, description), "set-up comparison")
-    _share_cores(comm)
+    hosts = comm.share(host_identity(), "set-up hosts")
+    _share_cores(hosts)
     if problem is not None:
         raise problem
     assert checked is not None
     _compare(shared, comm)
-    return _make(checked, model, comm)
+    return _make(checked, model, share_host(comm, hosts))
 
 
-def _share_cores(comm: Comm) -> None:
+def _share_cores(hosts: list[tuple[str, int]]) -> None:
     """Kernel threads: this process's part of the cores, whatever OMP_NUM_THREADS says; the user's setting wins."""
     host, _ = host_identity()
-    here = {process for other, process in comm.share(host_identity(), "set-up hosts") if other == host}
+    here = {process for other, process in hosts if other == host}
     if "ZEROLITE_THREADS" not in os.environ:
         set_threads(max(usable_cores() // len(here), 1))
 

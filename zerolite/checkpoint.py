@@ -39,6 +39,8 @@ def packed_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket], comm: Comm) -> dict[str, Any]:
     """This rank's part; tensors are copies."""
     positions = _positions(groups)
+    for bucket in buckets:
+        bucket.keep_writes()
     state: dict[int, dict[str, Any]] = {}
     pieces: dict[int, list[int]] = {}
     for bucket in buckets:
@@ -92,6 +94,8 @@ def load_state(saved: dict[str, Any], groups: Sequence[dict[str, Any]], buckets:
     else:
         _check_whole(saved, names, positions, buckets)
     stale: list[str] = []
+    for bucket in buckets:
+        bucket.keep_writes(quiet=True)  # the model may have been loaded just now
     for bucket in buckets:
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
@@ -211,6 +215,7 @@ def _write(bucket: Bucket, number: int, piece: Piece, values: dict[str, Any]) ->
 
 def _whole_states(bucket: Bucket, comm: Comm) -> list[tuple[Entry, dict[str, Any]]]:
     assert bucket.state is not None
+    bucket.keep_writes()
     local = {
         (piece.slot, name): (piece, value)
         for number, piece in enumerate(bucket.pieces)

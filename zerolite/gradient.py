@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zerolite.comm import Comm, Pending
+from zerolite.comm.lane import Lane
 from zerolite.kernels import exceeds_, pack_, reduce_
 from zerolite.layout import Layout
 
@@ -33,6 +34,7 @@ class Gradients:
     name: str  # of the bucket
     layout: Layout
     comm: Comm
+    lane: Lane  # how rounds travel
     dtype: torch.dtype  # compute dtype
     views: list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each slot's parameter
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
@@ -45,10 +47,13 @@ class Gradients:
     flight: Pending | None  # the exchange under way
     average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
 
-    def __init__(self, name: str, layout: Layout, comm: Comm, like: list[Tensor], dtype: torch.dtype, suspect: Tensor) -> None:
+    def __init__(
+        self, name: str, layout: Layout, comm: Comm, lane: Lane, like: list[Tensor], dtype: torch.dtype, suspect: Tensor
+    ) -> None:
         self.name = name
         self.layout = layout
         self.comm = comm
+        self.lane = lane
         self.dtype = dtype
         self.views = [(p.shape, p.stride()) for p in like]
         self.suspect = suspect
@@ -62,6 +67,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Forgets every gradient."""
+        self.lane.done()
         self.arrived = {}
         self.packed = set()
         self.wide = False
@@ -96,13 +102,16 @@ class Gradients:
     def widen(self) -> None:
         """The next round begins with the local sum."""
         assert not self.arrived and not self.packed
-        self.full, self.local, self.wide = self.local, None, True
+        local, self.local, self.wide = self.local, None, True
+        if local is not None:
+            self._round().copy_(local)
 
     def _round(self) -> Tensor:
         """This round's buffer."""
         if self.full is None:
-            dtype = torch.float32 if self.wide else self.dtype
-            self.full = torch.zeros(self.layout.numel, dtype=dtype, device=self.suspect.device)
+            self.full = self.lane.take(torch.float32 if self.wide else self.dtype)
+            if self.wide:
+                self.full.zero_()
         return self.full
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
@@ -138,7 +147,11 @@ class Gradients:
         full = self._round()
         if self.wide:
             exceeds_(self.suspect, full, _SUSPECT[torch.float32])
-        self.flight = self.comm.exchange(full, f"exchange {self.name}")
+        else:
+            for slot in range(len(self.views)):
+                if slot not in self.packed:
+                    self.view(full, slot).zero_()
+        self.flight = self.lane.exchange(full, f"exchange {self.name}")
         self.full = None
         self.wide = False
         self.packed = set()
@@ -147,7 +160,7 @@ class Gradients:
         """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
         assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
         if self.flight is not None and self.average is None:
-            sources = list(self.flight.wait().unbind(0))
+            sources = list(self.flight.wait())
             self.flight = None
             return sources, self.mean
         self.finish()
@@ -159,7 +172,7 @@ class Gradients:
         """Averages the round in flight into `average`."""
         if self.flight is None:
             return
-        sources = list(self.flight.wait().unbind(0))
+        sources = list(self.flight.wait())
         self.flight = None
         if self.average is None:
             if len(sources) == 1:
@@ -167,10 +180,12 @@ class Gradients:
                 return
             self.average = torch.empty(self.layout.shard, dtype=sources[0].dtype, device=sources[0].device)
             reduce_(self.average, sources, self.mean, False)
+            self.lane.done()
             return
         if self.average.dtype != torch.float32 or len(sources) == 1:
             self.average = self.average.to(torch.float32, copy=True)
         reduce_(self.average, sources, self.mean, True)
+        self.lane.done()
 
     def multiply(self, slot: int, factor: float) -> None:
         """Scales what `average` holds of one slot, in fp32 (nothing is in flight)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +27,19 @@ class Hooks:
         self.handles = []
 
     def on_gradient(self, entry: Entry, arrive: Callable[[Entry, Tensor], None]) -> None:
-        """arrive(entry, param) after autograd has accumulated p.grad."""
-        self.handles.append(entry.param.register_post_accumulate_grad_hook(lambda param: arrive(entry, param)))
+        """arrive(entry, param), a method, after autograd has accumulated p.grad.
+
+        The hook refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to
+        the tensor would keep model and optimizer for ever.
+        """
+        method, weak = weakref.WeakMethod(arrive), weakref.ref(entry)
+
+        def hook(param: Tensor) -> None:
+            call, target = method(), weak()
+            if call is not None and target is not None:
+                call(target, param)
+
+        self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 
     def on_model(self, model: nn.Module, schedule: Schedule) -> None:
         """The forward of the whole model: begin and end."""

@@ -28,9 +28,20 @@ class Memory:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`."""
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(sizes.values())
+    """Bytes of the distinct memory behind `tensors` (of a view, what it spans: a shared segment holds more)."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for t in tensors:
+        if t.numel() and t.untyped_storage().nbytes():
+            start = int(t.storage_offset()) * t.element_size()
+            extent = 1 + sum((int(size) - 1) * int(step) for size, step in zip(t.shape, t.stride(), strict=True))
+            found.setdefault(t.untyped_storage().data_ptr(), []).append((start, start + extent * t.element_size()))
+    total = 0
+    for spans in found.values():
+        end = 0
+        for start, stop in sorted(spans):
+            total += max(stop - max(start, end), 0)
+            end = max(end, stop)
+    return total
 
 
 def measure(plan: Plan, buckets: Iterable[Bucket]) -> Memory:

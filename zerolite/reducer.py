@@ -112,6 +112,8 @@ class Reducer:
                     grads_of(bucket).start()
             for bucket in self.order:
                 grads_of(bucket).finish()
+            for bucket in self.order:
+                grads_of(bucket).lane.rest()
             self.open = False
         self.active = False
         self.next = 0

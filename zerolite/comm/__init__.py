@@ -2,6 +2,7 @@
 
     local    a world of one: nothing moves
     group    a torch.distributed process group (gloo, NCCL)
+    shared   ranks of one host: gradients are read in place, parameters exist once; control data over the group
     threads  ranks as threads of one process, for tests
 
 Tensors are 1D and contiguous. `what` names the phase and the bucket, for the ledger and for error messages.
@@ -9,11 +10,16 @@ Tensors are 1D and contiguous. `what` names the phase and the bucket, for the le
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from zerolite.comm.ledger import Ledger
+
+if TYPE_CHECKING:
+    from zerolite.comm.lane import Lane
+    from zerolite.comm.shared import Home
 
 
 class Pending(Protocol):
@@ -53,4 +59,12 @@ class Comm(Protocol):
 
     def share(self, value: Any, what: str) -> list[Any]:
         """Every rank's `value`, in rank order (small picklable control data)."""
+        ...
+
+    def lane(self, numel: int, device: torch.device, transient: bool) -> Lane:
+        """What carries one bucket's gradient rounds; `transient`: they are reduced at once and not kept."""
+        ...
+
+    def home(self, numel: int, dtype: torch.dtype, private: bool) -> Home | None:
+        """One bucket's parameters in memory that all ranks share, or None: every rank has its own."""
         ...

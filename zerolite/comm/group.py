@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zerolite.comm.lane import MessageLane
 from zerolite.comm.ledger import Ledger, RankError
 
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
@@ -51,10 +52,7 @@ class Waiting:
                 late = True
                 seen = self.comm.compare(self.what, self.order, seen)
                 if time.monotonic() >= deadline:
-                    raise RankError(
-                        f"rank {self.comm.rank} waited {self.comm.timeout:.0f} s in '{self.what}': another rank is "
-                        "stopped, stuck or left the training loop. The timeout is init_process_group(timeout=...)."
-                    )
+                    raise self.comm.late(self.what)
         finally:
             if late:
                 self.comm.retract()
@@ -114,6 +112,12 @@ class GroupComm:
             raise self.lost(what, error) from error
         return values
 
+    def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
+        return MessageLane(self, numel, device)
+
+    def home(self, numel: int, dtype: torch.dtype, private: bool) -> None:
+        return None
+
     def _start(self, what: str, result: Tensor, call: Any) -> Waiting:
         if not dist.is_initialized():
             raise RankError(f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step.")
@@ -127,6 +131,13 @@ class GroupComm:
         return RankError(
             f"rank {self.rank} of {self.size} in '{what}': the process group failed, most likely because another rank "
             f"died or raised; look at the first error among the ranks' outputs. ({str(error).splitlines()[0][:200]})"
+        )
+
+    def late(self, what: str) -> RankError:
+        """The error of a wait that took the group's timeout."""
+        return RankError(
+            f"rank {self.rank} waited {self.timeout:.0f} s in '{what}': another rank is stopped, stuck or left the training "
+            "loop. The timeout is init_process_group(timeout=...)."
         )
 
     def compare(self, what: str, order: int, before: list[str]) -> list[str]:

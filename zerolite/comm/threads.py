@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerolite.comm.lane import MessageLane
 from zerolite.comm.ledger import Ledger, RankError
 from zerolite.comm.local import Done
 
@@ -77,6 +78,12 @@ class ThreadComm:
 
     def share(self, value: Any, what: str) -> list[Any]:
         return self._meet(what, value, copy.deepcopy, 0)
+
+    def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
+        return MessageLane(self, numel, device)
+
+    def home(self, numel: int, dtype: torch.dtype, private: bool) -> None:
+        return None
 
 
 def _bytes(t: Tensor) -> int:

@@ -25,10 +25,14 @@ _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accu
 _library.define("square_sum_(Tensor(a!) sums, Tensor src, Tensor spans) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
 _library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets) -> ()")
+_library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
+_library.define("flag_wait(Tensor flags, int[] places, int value, float seconds) -> bool")
 _library.define("use_isa(str name) -> bool")
 _library.define("isa() -> str")
 _library.define("threads(int count) -> int")
 
+_library.impl("flag_store_", reference.flag_store_, "CompositeExplicitAutograd")
+_library.impl("flag_wait", reference.flag_wait, "CompositeExplicitAutograd")
 for _name in ("reduce_adam_", "reduce_", "square_sum_", "exceeds_", "pack_"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zerolite::{_name}", lambda *_: None, lib=_library)
@@ -82,3 +86,13 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
 def pack_(out: Tensor, grads: list[Tensor], offsets: list[int]) -> None:
     """Copies each contiguous gradient to out[offset : offset + numel]; dtypes are equal."""
     torch.ops.zerolite.pack_(out, grads, offsets)
+
+
+def flag_store_(flags: Tensor, place: int, value: int) -> None:
+    """flags[place] = value (int64, shared memory), after everything that this thread wrote before."""
+    torch.ops.zerolite.flag_store_(flags, place, value)
+
+
+def flag_wait(flags: Tensor, places: list[int], value: int, seconds: float) -> bool:
+    """Whether flags[place] >= value for all places within `seconds`; what was written before them is then visible."""
+    return torch.ops.zerolite.flag_wait(flags, places, value, seconds)

@@ -8,6 +8,7 @@ tensor may become a multiplication, and `lerp`, `addcmul`, `addcdiv` and `add(al
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -76,6 +77,21 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
 def pack_(out: Tensor, grads: list[Tensor], offsets: list[int]) -> None:
     for grad, offset in zip(grads, offsets, strict=True):
         out[offset : offset + grad.numel()] = grad.reshape(-1)
+
+
+def flag_store_(flags: Tensor, place: int, value: int) -> None:
+    flags[place] = value  # x86 keeps the order of stores; elsewhere the native kernels are needed (see shared.usable)
+
+
+def flag_wait(flags: Tensor, places: list[int], value: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    pause = 2e-5
+    while not all(int(flags[place]) >= value for place in places):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1e-3)
+    return True
 
 
 def join(param: Tensor, rest: Tensor) -> Tensor:

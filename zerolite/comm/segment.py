@@ -1,0 +1,96 @@
+"""Memory that the ranks of one host share, without a name.
+
+Rank 0 makes an anonymous file (memfd_create, mode 0600), the others open it through /proc/PID/fd. It has no name in any file
+system, so nothing can outlive the processes and no size of /dev/shm applies.
+
+A segment can be mapped twice: *shared*, where every write is everyone's, and *private*, where reads see the shared
+contents and a write stays with this process (copy on write). nn.Parameters view the private mapping, so a script that
+writes to a parameter changes its own rank's copy, as it would without sharing; `dirty` finds those pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = mmap.PAGESIZE
+_PRESENT, _FILE = 1 << 63, 1 << 61  # bits of /proc/self/pagemap: in memory; file page, that is, not copied on write
+
+
+class Segment:
+    """One shared region of `size` bytes; `share` exchanges small values between the ranks."""
+
+    size: int
+    shared: Tensor  # uint8 [size]
+    private: Tensor | None  # uint8 [size], the same contents until this process writes
+
+    def __init__(self, size: int, rank: int, share: Any, private: bool) -> None:
+        self.size = -(-max(size, 1) // PAGE) * PAGE
+        own = os.memfd_create("zerolite", os.MFD_CLOEXEC) if rank == 0 else -1
+        if rank == 0:
+            os.ftruncate(own, self.size)
+        pid, number, expected = share((os.getpid(), own, self.size))[0]
+        fd = own if rank == 0 else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd).st_size
+            if found != expected or found != self.size:
+                raise RuntimeError(f"shared segment: expected {self.size} bytes, got {found}")
+            self.shared = _map(fd, self.size, mmap.MAP_SHARED)
+            self.private = _map(fd, self.size, mmap.MAP_PRIVATE) if private else None
+            share(None)  # everyone has mapped it before rank 0 closes
+        finally:
+            os.close(fd)
+
+    def dirty(self) -> bool:
+        """Whether this process has written to the private mapping (any write, also through p.data)."""
+        assert self.private is not None
+        first = self.private.data_ptr() // PAGE
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(first * 8)
+            entries = np.frombuffer(file.read(self.size // PAGE * 8), dtype=np.uint64)
+        return bool(((entries & np.uint64(_PRESENT)) > (entries & np.uint64(_FILE)) * np.uint64(4)).any())
+
+    def refresh(self) -> None:
+        """Drops this process's own pages: the private mapping shows the shared contents again."""
+        assert self.private is not None
+        _advise(self.private.data_ptr(), self.size, mmap.MADV_DONTNEED)
+
+    def free(self, start: int, stop: int) -> None:
+        """Gives the memory of whole pages inside [start, stop) back; they read as zero again."""
+        start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
+        if start < stop:
+            _advise(self.shared.data_ptr() + start, stop - start, mmap.MADV_REMOVE)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _map(fd: int, size: int, flags: int) -> Tensor:
+    """uint8 [size] over a mapping of `fd`, unmapped with the last tensor that views it. (The mmap module would keep a
+    file descriptor for each mapping, and a large model has hundreds of buckets.)"""
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), f"cannot map {size} bytes of shared memory: {os.strerror(ctypes.get_errno())}")
+
+    class Region(ctypes.c_char * size):  # type: ignore[misc]
+        """A class of its own can be referred to weakly."""
+
+    region = Region.from_address(address)
+    weakref.finalize(region, _libc.munmap, address, size).atexit = False
+    return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    if _libc.madvise(address, size, advice) != 0:
+        raise OSError(ctypes.get_errno(), f"madvise on shared memory: {os.strerror(ctypes.get_errno())}")
