@@ -55,7 +55,7 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             schedule.enter(unit)
             if not unit.reached:  # a recomputation needs no hooks, and may stop early, without `after`
-                inputs.append([t for t in tensors_in((args, kwargs)) if t.requires_grad])
+                inputs.append([t for t in tensors_in((args, kwargs)) if t.grad_fn is not None])
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if unit.reached:
@@ -72,10 +72,11 @@ class Hooks:
 
     def on_backward(self, unit: Unit, schedule: Schedule, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         """One call of a unit in the backward (these hooks go with the graph)."""
-        multi = torch.autograd.graph.register_multi_grad_hook
-        multi(outputs, lambda _: schedule.reach(unit, bool(inputs)), mode="any")
-        if inputs:
-            multi(inputs, lambda _: schedule.passed(unit), mode="all")
+        call = _Call(unit, schedule, len(inputs))
+        for tensor in outputs:
+            tensor.register_hook(call.reach)
+        for tensor in inputs:
+            tensor.register_hook(call.passed)
 
     def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """A module with parameters of `unit`, called perhaps without the unit's own module."""
@@ -93,6 +94,31 @@ class Hooks:
     def on_loaded(self, model: nn.Module, give_back: Callable[[], None]) -> None:
         """give_back() after the model has loaded a state dict."""
         self.handles.append(model.register_load_state_dict_post_hook(lambda *_: give_back()))
+
+
+class _Call:
+    """One forward call of a unit, as its backward sees it.
+
+    It refers to no tensor: torch's own multi-gradient hooks keep the graph's nodes, whose hooks refer back, for ever.
+    """
+
+    def __init__(self, unit: Unit, schedule: Schedule, inputs: int) -> None:
+        self.unit = unit
+        self.schedule = schedule
+        self.inputs = inputs
+        self.left = 0  # inputs whose gradient is still to come in this backward
+        self.task = -1  # the backward that has reached an output
+
+    def reach(self, _: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # the first output's gradient in this backward
+            self.task, self.left = task, self.inputs
+            self.schedule.reach(self.unit, self.inputs > 0)
+
+    def passed(self, _: Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.schedule.passed(self.unit)
 
 
 def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
