@@ -15,11 +15,11 @@ constexpr int64_t kGrain = 1 << 15;  // elements a thread must get to be worth w
 class Pool {
  public:
   void run(int parts, const std::function<void(int, int)>& body) {
-    std::unique_lock<std::mutex> turn(turn_);
-    if (pid_ != getpid()) {  // forked: the workers stayed in the parent (data loader workers)
+    if (pid_ != getpid()) {  // forked: workers and perhaps a held lock stayed in the parent (data loader workers)
       for (int part = 0; part < parts; ++part) body(part, parts);
       return;
     }
+    std::unique_lock<std::mutex> turn(turn_);
     grow(parts - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);

@@ -41,7 +41,8 @@ class Entry:
         self.index = -1  # position among all entries
         self.slot = -1  # position in the bucket
         self.bucket: Bucket | None = None  # None: frozen since the start, and parameters rest whole
-        self.handle: Tensor  # the lazy p.grad
+        self.handle: Tensor | None = None  # the lazy p.grad; None: not trained yet
+        self.task = -1  # the backward in which the last gradient arrived
         self.live = False  # gradients were collected since the last zero_grad or step
         self.consumed = False  # a step used them up and p.grad was not cleared since
         self.factor = 1.0  # recorded by clipping and unscaling
@@ -216,9 +217,12 @@ class Bucket:
         """Slots whose parameter was written in place by someone else since our last write."""
         return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
 
-    def keep_writes(self, quiet: bool = False) -> None:
-        """Adopts values that someone else wrote to the parameters: the master becomes the new value."""
-        slots = self.written()
+    def keep_writes(self, quiet: bool = False, everywhere: bool = False) -> None:
+        """Adopts values that someone else wrote to the parameters: the master becomes the new value.
+
+        everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
+        """
+        slots = list(range(len(self.entries))) if everywhere else self.written()
         separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
         if self.home is not None and self.home.private is not None:
             self.stale = self.stale or self.home.segment.dirty()
@@ -268,10 +272,10 @@ class Bucket:
         full = torch.empty(self.layout.numel, dtype=average.dtype, device=average.device)
         return self.comm.gather(full, average, f"gather {self.name} gradients").wait()
 
-    def wrote(self) -> None:
-        """Marks the parameters as changed, for autograd (a saved tensor of an older graph raises) and for us."""
-        torch.autograd.graph.increment_version([entry.param for entry in self.entries])
-        for entry in self.entries:
+    def wrote(self, entries: list[Entry]) -> None:
+        """Marks parameters as changed, for autograd (a saved tensor of an older graph raises) and for us."""
+        torch.autograd.graph.increment_version([entry.param for entry in entries])
+        for entry in entries:
             entry.version = entry.param._version
 
     # ---- by parameter

@@ -205,7 +205,8 @@ def _describe(
 ) -> list[str]:
     """One line for each thing that ranks must agree on, the most telling first."""
     lines = [f"torch {torch.__version__}", f"optimizer {type(optimizer).__name__}"]
-    lines += [f"option {name}={value!r}" for name, value in options.items()]
+    shown = {**options, "units": sorted(c.__qualname__ for c in options["units"]) if options["units"] else None}
+    lines += [f"option {name}={value!r}" for name, value in shown.items()]
     lines.append(f"{len(checked.entries)} parameters")
     for entry in checked.entries:
         p = entry.param
@@ -252,19 +253,15 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
         unit.release()
         units.append(unit)
         buckets += made
-    for entry in entries:
-        if entry.bucket is None and checked.dtype is not None:
-            entry.param.data = entry.param.data.to(checked.dtype)
-    for name, buffer in model.named_buffers() if model is not None else []:
-        if buffer.numel() and buffer.dtype != torch.bool:
-            comm.broadcast_(buffer, f"set-up buffer {name}")
+    _copy_the_rest(checked, model, comm)
     reducer.add([bucket for bucket in buckets if bucket.trained])
+    built: Built
     schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
     on_collected: Callable[[Entry], None] = lambda entry: None  # noqa: E731
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
-    grads = Grads(reducer, entries, on_collected)
+    grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
     built = Built(comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner)
     for entry in entries:
         if entry.bucket is not None and entry.bucket.trained:
@@ -272,6 +269,31 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
     if schedule is not None and model is not None:
         _follow(built, model, schedule, units, checked.specs)
     return built
+
+
+def _copy_the_rest(checked: Checked, model: nn.Module | None, comm: Comm) -> None:
+    """Rank 0's values of parameters without a bucket (frozen ones) and of buffers; casts those parameters too."""
+    covered = {entry.param for entry in checked.entries if entry.bucket is not None}
+    named = [(entry.name, entry.param) for entry in checked.entries]
+    named += [(name, p) for name, p in model.named_parameters() if p not in dict(named)] if model is not None else []
+    for name, p in {p: (name, p) for name, p in named if p not in covered}.values():
+        if p.is_meta or not p.numel():
+            continue
+        _copy_from_rank_0(p.data, f"set-up parameter {name}", comm)
+        if checked.dtype is not None and p.dtype == torch.float32:
+            p.data = p.data.to(checked.dtype)
+    for name, buffer in model.named_buffers() if model is not None else []:
+        if buffer.numel() and not buffer.is_meta:
+            _copy_from_rank_0(buffer, f"set-up buffer {name}", comm)
+
+
+def _copy_from_rank_0(tensor: torch.Tensor, what: str, comm: Comm) -> None:
+    """Bytes of a dense copy, so that any dtype and any strides travel; a tensor that repeats memory is written once."""
+    dense = tensor.detach().contiguous().clone()
+    comm.broadcast_(dense.view(-1).view(torch.uint8), what)
+    index = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    with torch.no_grad():
+        tensor[index].copy_(dense[index])
 
 
 def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[Bucket]:
@@ -302,12 +324,11 @@ def _listen(built: Built, entry: Entry) -> None:
 def _follow(built: Built, model: nn.Module, schedule: Schedule, units: list[Unit], specs: list[UnitSpec]) -> None:
     """Hooks that gather and release."""
     hooks, inside = built.hooks, {}
-    by_name = {unit.name: unit for unit in units}
-    for spec in specs:
+    root = next((unit for unit in units if unit.is_root), None)
+    for spec, unit in zip(specs, units, strict=True):
         if spec.module is not None:
-            hooks.on_unit(spec.module, by_name[spec.name], schedule)
-            inside.update({id(m): by_name[spec.name] for m in spec.module.modules()})
-    root = by_name.get("root")
+            hooks.on_unit(spec.module, unit, schedule)
+            inside.update({id(m): unit for m in spec.module.modules()})
     if root is not None:
         hooks.on_unit(model, root, schedule)
     hooks.on_model(model, schedule)
@@ -338,7 +359,7 @@ def late_buckets(built: Built, entries: list[Entry]) -> None:
             bucket.train(built.rule, built.reducer.suspect)
             built.reducer.add([bucket])
     for entry in entries:
-        if not hasattr(entry, "handle"):
+        if entry.handle is None:
             _listen(built, entry)
 
 

@@ -202,10 +202,9 @@ def _write(bucket: Bucket, number: int, piece: Piece, values: dict[str, Any]) ->
     if not bucket.rest.numel():
         return True
     param, rest = bucket.mine[part], bucket.rest[part]
-    fresh = torch.zeros_like(rest) if rest.dtype == torch.int16 else param.float()
     if master is None:
-        rest.copy_(fresh)
-        return True
+        return True  # a state without masters (of torch.optim): the parameter's low bits stay
+    fresh = torch.zeros_like(rest) if rest.dtype == torch.int16 else param.float()
     hi, lo = torch.empty_like(param), torch.empty_like(rest)
     split_(hi, lo, master.to(param.device, torch.float32))
     same = hi.view(bits_dtype(hi.dtype)) == param.view(bits_dtype(hi.dtype))

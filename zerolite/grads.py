@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -23,11 +24,21 @@ class Grads:
     reducer: Reducer
     entries: list[Entry]
     on_collected: Callable[[Entry], None]
+    adopt: Callable[[list[Entry]], None]  # gives states and handles to parameters that had none
 
-    def __init__(self, reducer: Reducer, entries: list[Entry], on_collected: Callable[[Entry], None]) -> None:
+    def __init__(
+        self,
+        reducer: Reducer,
+        entries: list[Entry],
+        on_collected: Callable[[Entry], None],
+        adopt: Callable[[list[Entry]], None],
+    ) -> None:
         self.reducer = reducer
         self.entries = entries
         self.on_collected = on_collected
+        self.adopt = adopt
+        reducer.at_start.append(self.fold)
+        reducer.at_end.append(self.complete)
         self._norms: tuple[int, dict[float, list[float]]] = (-1, {})
 
     def make_handle(self, entry: Entry) -> None:
@@ -40,11 +51,45 @@ class Grads:
 
     # ---- backward
 
+    def fold(self) -> None:
+        """A backward begins after gradients were clipped or unscaled: what is there keeps its factor."""
+        scaled = [entry for entry in self.entries if entry.factor != 1.0 and entry.live]
+        if scaled:
+            self.reducer.flush()
+        for entry in scaled:
+            grads_of(entry.bucket).multiply(entry.slot, entry.factor)
+            entry.factor = 1.0
+
+    def complete(self) -> None:
+        """A backward is over: every parameter with a gradient on any rank carries a handle on all (a collective).
+
+        So clipping sees the same parameters everywhere. Parameters that were frozen until now are adopted.
+        """
+        if not self.reducer.sync:
+            return
+        present = self.reducer.union([entry.param.grad is not None for entry in self.entries], "step backward")
+        late = [e for e in self.entries if present[e.index] and e.handle is None]
+        if late:
+            self.adopt(late)
+        for entry in self.entries:
+            if not present[entry.index]:
+                continue
+            grad = entry.param.grad
+            if grad is None:
+                entry.live, entry.consumed, entry.factor = True, False, 1.0
+                entry.param.grad = entry.handle
+            elif not isinstance(grad, LazyGrad) and entry in late:
+                self.assign(entry, grad)
+
     def arrive(self, entry: Entry, param: Tensor) -> None:
         """Autograd has written p.grad, or added to the handle in it."""
         grad = param.grad
+        entry.task = torch._C._current_graph_task_id()
         if isinstance(grad, LazyGrad):
+            if grad is not entry.handle:
+                raise RuntimeError(_foreign(entry))
             if entry.consumed:
+                grad.incoming = None
                 raise RuntimeError(
                     f"parameter '{entry.name}': a new backward() came after step() without zero_grad(), and the last "
                     "gradients are used up. Call optimizer.zero_grad() after each step."
@@ -94,7 +139,8 @@ class Grads:
         assert entry.bucket is not None
         full = entry.bucket.whole_gradient()
         value = grads_of(entry.bucket).view(full, entry.slot)
-        return (value.float() * entry.factor).to(entry.handle.dtype) if entry.factor != 1.0 else value.to(entry.handle.dtype)
+        assert entry.handle is not None
+        return (value.float() * entry.factor if entry.factor != 1.0 else value).to(entry.handle.dtype)
 
     def zero(self, entry: Entry) -> None:
         """p.grad becomes zeros, which still takes part in the next step."""
@@ -109,23 +155,41 @@ class Grads:
 
     # ---- step and zero_grad
 
-    def scan(self) -> list[bool]:
-        """Which parameters have a gradient on this rank; takes plain tensors that were assigned to p.grad."""
-        present = []
+    def scan(self) -> tuple[list[bool], list[int]]:
+        """Which parameters have a gradient, and which were assigned or set to None since backward; takes the former."""
+        present: list[bool] = []
+        replaced: list[int] = []
         for entry in self.entries:
             grad = entry.param.grad
             present.append(grad is not None)
             if grad is None:
                 if entry.live:
                     self.drop(entry)
+                    replaced.append(entry.index)
             elif isinstance(grad, LazyGrad):
+                if grad is not entry.handle:
+                    raise RuntimeError(_foreign(entry))
                 if entry.consumed:
                     raise RuntimeError(
                         f"parameter '{entry.name}': step() was called twice for one gradient. Call zero_grad() and "
                         "backward() between steps."
                     )
-            elif entry.bucket is not None and entry.bucket.trained:
+            elif entry.handle is not None:
                 self.assign(entry, grad)
+                replaced.append(entry.index)
+        return present, replaced
+
+    def settle_step(self) -> list[bool]:
+        """What takes part in the step, the same on every rank (a collective); see Reducer.agree for what raises."""
+        present, replaced = self.scan()
+        present = self.reducer.agree(self.entries, present, replaced)
+        late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
+        if late:
+            self.adopt(late)
+            for entry in late:
+                if entry.param.grad is not None:
+                    self.assign(entry, entry.param.grad)
+            self.reducer.agree(self.entries, present, [])
         return present
 
     def assign(self, entry: Entry, grad: Tensor) -> None:
@@ -151,11 +215,21 @@ class Grads:
         self.reducer.reset()
         for entry in self.entries:
             p = entry.param
+            if entry.handle is not None and sys.getrefcount(entry.handle) > 2:
+                self.make_handle(entry)  # someone kept the old one: it stands for the old gradient
             entry.consumed, entry.factor = False, 1.0
             entry.live = False
             if set_to_none:
                 p.grad = None
             elif isinstance(p.grad, LazyGrad):
                 entry.live = True
+                p.grad = entry.handle
             elif p.grad is not None:
                 p.grad.detach_().zero_()
+
+
+def _foreign(entry: Entry) -> str:
+    return (
+        f"parameter '{entry.name}': p.grad holds the handle of another parameter or of an earlier gradient. Assign a tensor: "
+        "p.grad = other.clone()."
+    )

@@ -50,38 +50,44 @@ class Hooks:
 
     def on_unit(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """One unit: gather before, release after, and the same in the backward."""
-        inputs: list[list[Tensor]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             schedule.enter(unit)
             if not unit.reached:  # a recomputation needs no hooks, and may stop early, without `after`
-                inputs.append([t for t in tensors_in((args, kwargs)) if t.grad_fn is not None])
+                unit.calls.append([t for t in tensors_in((args, kwargs)) if t.grad_fn is not None])
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if unit.reached:
                 return
-            grad = torch.is_grad_enabled()
-            came = inputs.pop() if inputs else []
-            outputs = [t for t in tensors_in(output) if t.grad_fn is not None] if grad else []
-            if outputs:
-                self.on_backward(unit, schedule, outputs, came)
-            schedule.leave(unit, grad)
+            came = unit.calls.pop() if unit.calls else []
+            self.on_backward(unit, schedule, output, came)
+            schedule.leave(unit, torch.is_grad_enabled())
 
         self.handles.append(module.register_forward_pre_hook(torch._dynamo.disable(before), prepend=True, with_kwargs=True))
         self.handles.append(module.register_forward_hook(torch._dynamo.disable(after), with_kwargs=True))
 
-    def on_backward(self, unit: Unit, schedule: Schedule, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    def on_backward(self, unit: Unit, schedule: Schedule, output: Any, inputs: list[Tensor]) -> None:
         """One call of a unit in the backward (these hooks go with the graph)."""
+        outputs = [t for t in tensors_in(output) if t.grad_fn is not None] if torch.is_grad_enabled() else []
         call = _Call(unit, schedule, len(inputs))
         for tensor in outputs:
             tensor.register_hook(call.reach)
-        for tensor in inputs:
+            base = tensor._base if tensor._is_view() else None
+            if base is not None and base.grad_fn is not None:  # a later in-place write gives the view another node
+                base.grad_fn.register_prehook(call.reach)
+        for tensor in inputs if outputs else []:
             tensor.register_hook(call.passed)
 
     def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """A module with parameters of `unit`, called perhaps without the unit's own module."""
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if not unit.calls and not unit.reached:
+                self.on_backward(unit, schedule, output, [])
+
         ensure = torch._dynamo.disable(lambda *_: schedule.ensure(unit))
         self.handles.append(module.register_forward_pre_hook(ensure, prepend=True))
+        self.handles.append(module.register_forward_hook(torch._dynamo.disable(after)))
 
     def on_state_dict(self, module: nn.Module, fill: Callable[[nn.Module, dict[str, Any], str], None]) -> None:
         """fill(module, state_dict, prefix) after a module has put its entries into a state dict."""
@@ -109,7 +115,7 @@ class _Call:
         self.left = 0  # inputs whose gradient is still to come in this backward
         self.task = -1  # the backward that has reached an output
 
-    def reach(self, _: Tensor) -> None:
+    def reach(self, _: Any) -> None:
         task = torch._C._current_graph_task_id()
         if task != self.task:  # the first output's gradient in this backward
             self.task, self.left = task, self.inputs

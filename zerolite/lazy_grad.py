@@ -84,8 +84,7 @@ def _norm(func: Any, args: Any, kwargs: Any) -> Any:
     order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
     if any(args[2:4]) or any(kwargs.get(name) for name in ("dim", "keepdim")):
         return NotImplemented
-    handle = args[0]
-    return _norm_tensor(handle, float(order))
+    return _norm_tensor(args[0], float(order))
 
 
 def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -95,7 +94,7 @@ def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
     entry = handle.entry
-    _check(entry)
+    _check(handle)
     value = handle.source.norm(entry, order)
     if order != 0.0:
         value *= abs(entry.factor)
@@ -104,9 +103,15 @@ def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
 
 def _scale(func: Any, args: Any, kwargs: Any) -> Any:
     handle, by = args[0], args[1]
-    if not isinstance(handle, LazyGrad) or isinstance(by, LazyGrad) or (isinstance(by, Tensor) and by.dim() > 0):
+    if (
+        kwargs
+        or len(args) > 2
+        or not isinstance(handle, LazyGrad)
+        or isinstance(by, LazyGrad)
+        or (isinstance(by, Tensor) and by.dim() > 0)
+    ):
         return NotImplemented
-    _check(handle.entry)
+    _check(handle)
     handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(by))
     return handle
 
@@ -125,7 +130,7 @@ def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(factor, Tensor) and factor.dim() > 0 for factor in factors):
         return NotImplemented
     for handle, factor in zip(handles, factors, strict=True):
-        _check(handle.entry)
+        _check(handle)
         handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(factor))
     return None
 
@@ -139,7 +144,7 @@ def _unscale(func: Any, args: Any, kwargs: Any) -> Any:
     if handles and not handles[0].source.finite():
         found_inf.fill_(1.0)
     for handle in handles:
-        _check(handle.entry)
+        _check(handle)
         handle.entry.factor *= float(inv_scale)
     return None
 
@@ -148,13 +153,19 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     handle, other = args[0], args[1]
     if not isinstance(handle, LazyGrad) or not torch._C._current_graph_task_id() >= 0 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
+    if handle.incoming is not None or handle.entry.task == torch._C._current_graph_task_id():
+        raise NotImplementedError(
+            f"p.grad of '{handle.entry.name}' was edited by a hook inside of backward(). Edit the gradient in p.register_hook, "
+            "or p.grad after backward()."
+        )
     handle.incoming = other  # autograd accumulates; the post-accumulate hook collects it
     return handle
 
 
 def _zero(func: Any, args: Any, kwargs: Any) -> Any:
     handle = args[0]
-    handle.source.zero(handle.entry)
+    if handle is handle.entry.handle:
+        handle.source.zero(handle.entry)
     return handle
 
 
@@ -191,7 +202,7 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(value, LazyGrad):
             return value
         if id(value) not in read:
-            _check(value.entry)
+            _check(value)
             read[id(value)] = (value, value.source.read(value.entry))
         return read[id(value)][1]
 
@@ -211,9 +222,19 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[LazyGrad]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, LazyGrad)]
 
 
-def _check(entry: Entry) -> None:
+def _check(handle: LazyGrad) -> None:
+    entry = handle.entry
+    if handle is not entry.handle:
+        raise RuntimeError(
+            f"this p.grad of '{entry.name}' is of an earlier gradient, which zero_grad() cleared. Keep p.grad.clone()."
+        )
     if entry.consumed:
         raise RuntimeError(
             f"p.grad of '{entry.name}': expected a gradient, got one that optimizer.step() used up. Read it between "
             "backward() and step(); call optimizer.zero_grad() before the next backward()."
+        )
+    if handle.incoming is not None:
+        raise NotImplementedError(
+            f"p.grad of '{entry.name}' was used by a hook while backward() adds to it. Use p.register_hook, or p.grad after "
+            "backward()."
         )

@@ -68,7 +68,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "offload": offload,
             "param_dtype": param_dtype,
             "moments": moments,
-            "units": units,
+            "units": tuple(units) if units is not None else None,
             "bucket_mb": bucket_mb,
         }
         built = build(optimizer, model, options, comm)
@@ -82,7 +82,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         if optimizer.state:
-            checkpoint.load_state(optimizer.state_dict(), self.param_groups, self._trained, comm)
+            self._load(optimizer.state_dict())
             optimizer.state.clear()
 
     # ---- the step
@@ -106,15 +106,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         built = self._parts
         built.check_replaced()
+        self._check_groups()
         if built.schedule is not None:
-            built.schedule.release_all()
-        present = built.reducer.agree(built.entries, built.grads.scan())
-        late = [e for e in built.entries if present[e.index] and (e.bucket is None or not e.bucket.trained)]
-        if late:
-            self._adopt(late)
-            present = built.reducer.agree(built.entries, built.grads.scan())
+            built.schedule.unpin()
+        present = built.grads.settle_step()
         used = [entry for entry in built.entries if present[entry.index]]
-        if used and not (all(abs(e.factor) < float("inf") for e in used) and built.reducer.finite()):
+        finite = built.reducer.finite() if used else True  # a collective where anything large was seen
+        if used and not (finite and all(abs(entry.factor) < float("inf") for entry in used)):
             self._skip()
         elif used:
             self._update(present)
@@ -132,10 +130,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for position, bucket in enumerate(buckets):
             built.reducer.begin(buckets[position + 1 : position + 2])
             bucket.update(_targets(bucket, present))
-            bucket.wrote()
+            bucket.wrote([entry for entry in bucket.entries if present[entry.index]])
             bucket.publish()
         for bucket in buckets:
             bucket.finish_publish()
+
+    def _check_groups(self) -> None:
+        """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
+        known = {entry.param for entry in self._parts.entries}
+        for group in self.param_groups:
+            self._parts.rule.check(group)
+            for p in group["params"]:
+                if p not in known:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} was added to the wrapped optimizer. Call "
+                        "add_param_group of the ZeroOptimizer instead."
+                    )
 
     def _skip(self) -> None:
         self.skipped_steps += 1
@@ -179,8 +189,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
         built = self._parts
-        present = built.reducer.agree(built.entries, built.grads.scan())
-        return {e.name: built.grads.read(e) for e in built.entries if present[e.index] and e.bucket is not None}
+        present = built.grads.settle_step()
+        return {entry.name: built.grads.read(entry) for entry in built.entries if present[entry.index]}
 
     def full_state(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name, whole, on the CPU of every rank (a collective)."""
@@ -243,12 +253,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        checkpoint.load_state(state_dict, self.param_groups, self._trained, self._parts.comm)
+        self._load(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
         self._whole = None
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Loads states; parameters that are frozen now but have a saved state get theirs (the same on every rank)."""
+        checkpoint.check_groups(state_dict, self.param_groups)
+        saved = set(state_dict["state"]) | set(state_dict.get("zerolite", {}).get("steps", {}))
+        params = [p for group in self.param_groups for p in group["params"]]
+        wanted = {p for index, p in enumerate(params) if index in saved}
+        late = [entry for entry in self._parts.entries if entry.handle is None and entry.param in wanted]
+        if late:
+            self._adopt(late)
+        checkpoint.load_state(state_dict, self.param_groups, self._trained, self._parts.comm)
 
     # ---- parameters that come later
 
@@ -259,6 +280,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return
         super().add_param_group(param_group)
         try:
+            self._parts.rule.check(self.param_groups[-1])
             added = self._built.add_group(self.param_groups[-1], len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()

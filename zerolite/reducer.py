@@ -33,6 +33,7 @@ class Reducer:
     local: bool  # a backward under no_sync() did
     next: int  # position in `order` of the next bucket to go out in this backward
     version: int  # counts changes of any gradient, for caches
+    at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
     def __init__(self, plan: Plan, comm: Comm, device: torch.device) -> None:
@@ -42,6 +43,7 @@ class Reducer:
         self.suspect = torch.zeros(1, dtype=torch.int64, device=device)
         self.sync = True
         self.version = 0
+        self.at_start = []
         self.at_end = []
         self.reset()
 
@@ -64,6 +66,8 @@ class Reducer:
         """A backward is under way: what an earlier one left goes out first, and `leave` follows at its end."""
         if self.active:
             return
+        for call in self.at_start:
+            call()
         if self.sync and self.open:
             self._send()
         if self.sync and self.local:
@@ -79,10 +83,6 @@ class Reducer:
         self.enter()
         self.version += 1
         grads = grads_of(entry.bucket)
-        if entry.factor != 1.0:  # clipped or unscaled before this backward: that part keeps its factor
-            self.flush()
-            grads.multiply(entry.slot, entry.factor)
-            entry.factor = 1.0
         entry.live = True
         if not self.sync:
             self.local = True
@@ -151,16 +151,35 @@ class Reducer:
 
     # ---- before a step
 
-    def agree(self, entries: list[Entry], present: list[bool]) -> list[bool]:
-        """Which parameters have a gradient on any rank; also compares ledgers and looks for non-finite values.
+    def union(self, present: list[bool], what: str) -> list[bool]:
+        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already)."""
+        mark = zlib.crc32(bytes(present))
+        marks = torch.tensor([mark, -mark])
+        self.comm.max_(marks, what)
+        if int(marks[0]) == -int(marks[1]):
+            return present
+        return self._union(present, f"{what} presence")
 
-        Raises RankError where ranks took different paths. Leaves `suspect` equal on all ranks.
+    def _union(self, present: list[bool], what: str) -> list[bool]:
+        flags = torch.tensor(present, dtype=torch.int64)
+        self.comm.max_(flags, what)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def agree(self, entries: list[Entry], present: list[bool], replaced: list[int]) -> list[bool]:
+        """Which parameters have a gradient on any rank; compares ledgers, factors and replaced gradients over ranks, and
+        shares the suspicion of non-finite values.
+
+        Raises RankError where ranks took different paths, ValueError where their gradients were treated differently.
+        Leaves `suspect`, `open` and `local` equal on all ranks.
         """
         ledger = self.comm.ledger
-        digest, mark = ledger.digest, zlib.crc32(bytes(present))
+        digest = ledger.digest
+        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(repr([e.factor for e in entries]).encode())]
+        marks.append(zlib.crc32(bytes(present)))
         for bucket in self.order:
             grads_of(bucket).pack()
-        values = [digest, -digest, mark, -mark, int(self.suspect), int(self.open), int(self.local)]
+        values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
+        values += [sign * mark for mark in marks for sign in (1, -1)]
         agreed = torch.tensor(values)
         self.comm.max_(agreed, "step agreement")
         if int(agreed[0]) != -int(agreed[1]):
@@ -170,13 +189,20 @@ class Reducer:
                 + "; ".join(f"rank {rank} last did {calls[-4:-1]}" for rank, calls in enumerate(recent))
                 + ". No state was changed. A module that only some ranks use must be gathered with its parent (units=...)."
             )
-        self.suspect.fill_(agreed[4])
-        self.open, self.local = bool(agreed[5]), bool(agreed[6])
-        if int(agreed[2]) != -int(agreed[3]):
-            union = torch.tensor(present, dtype=torch.int64)
-            self.comm.max_(union, "step presence")
-            present = [bool(flag) for flag in union.tolist()]
-        return present
+        if int(agreed[5]) != -int(agreed[6]):
+            names = [entries[index].name for index in replaced]
+            raise ValueError(
+                f"p.grad was assigned, or set to None, on some ranks only (here: {names}). Expected the same on every rank, "
+                "since gradients are averages over ranks. No state was changed."
+            )
+        if int(agreed[7]) != -int(agreed[8]):
+            raise ValueError(
+                "gradients were scaled by different factors on different ranks. Clip and unscale the same parameters on every "
+                "rank. No state was changed."
+            )
+        self.suspect.fill_(agreed[2])
+        self.open, self.local = bool(agreed[3]), bool(agreed[4])
+        return present if int(agreed[9]) == -int(agreed[10]) else self._union(present, "step presence")
 
     def finite(self) -> bool:
         """Whether every averaged gradient is finite on every rank; exact where a large value was seen, else free."""

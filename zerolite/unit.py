@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from zerolite.bucket import Bucket
 
 
@@ -23,11 +26,13 @@ class Unit:
     reached: bool  # the backward needs it now
     inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
     collected: int  # gradients that arrived in this backward
+    calls: list[list[Tensor]]  # forward calls under way: the inputs that require a gradient
 
     def __init__(self, name: str, buckets: list[Bucket], is_root: bool) -> None:
         self.name = name
         self.buckets = buckets
         self.is_root = is_root
+        self.calls = []
         self.forget()
 
     def forget(self) -> None:
@@ -35,6 +40,7 @@ class Unit:
         self.reached = False
         self.inputs = 0
         self.collected = 0
+        self.calls.clear()
 
     @property
     def expected(self) -> int:
@@ -68,6 +74,8 @@ class Schedule:
     order: list[Unit]  # units in the order of their first use in the last complete forward
     seen: list[Unit]  # the same for the forward under way
     borrowed: Unit | None  # gathered for someone who reads or writes parameters outside of a forward
+    held: bool  # inside full_params(): nothing is released
+    pinned: bool  # a backward with create_graph: what it needs again stays whole until the step
     in_backward: Callable[[], bool]
     begin_backward: Callable[[], None]
 
@@ -78,6 +86,33 @@ class Schedule:
         self.order = []
         self.seen = []
         self.borrowed = None
+        self.held = self.pinned = False
+
+    def _release(self, unit: Unit) -> None:
+        if not (self.held or self.pinned):
+            unit.release()
+
+    def unpin(self) -> None:
+        """A step comes: whatever was kept for a further backward goes."""
+        self.pinned = False
+        self.release_all()
+
+    def hold(self) -> None:
+        """Makes everything whole until let_go()."""
+        self.give_back()
+        for unit in self.units:
+            unit.gather()
+        for unit in self.units:
+            unit.ready()
+        self.held = True
+
+    def let_go(self) -> None:
+        """Releases everything; what every rank wrote to the parameters meanwhile is kept, however it was written."""
+        self.held = False
+        for unit in self.units:
+            for bucket in unit.buckets:
+                bucket.keep_writes(quiet=True, everywhere=True)
+        self.release_all()
 
     def begin(self) -> None:
         """A forward of the whole model starts (a recomputation inside a backward changes nothing)."""
@@ -114,7 +149,7 @@ class Schedule:
             return
         if grad and self.order and unit is self.order[-1]:
             return
-        unit.release()
+        self._release(unit)
 
     def end(self, grad: bool) -> None:
         """The forward of the whole model is over."""
@@ -127,6 +162,7 @@ class Schedule:
     def reach(self, unit: Unit, has_inputs: bool) -> None:
         """The backward enters `unit`."""
         self.begin_backward()
+        self.pinned = self.pinned or torch.is_grad_enabled()  # create_graph=True: a double backward needs weights again
         unit.reached = True
         unit.inputs += has_inputs
         unit.ready()
@@ -144,13 +180,13 @@ class Schedule:
 
     def _done(self, unit: Unit) -> None:
         if unit.reached and not unit.is_root and unit.inputs == 0 and unit.collected >= unit.expected:
-            unit.release()
+            self._release(unit)
             unit.forget()
 
     def release_all(self) -> None:
         """Nothing is in use: the end of a backward, of a forward without gradients, or a step."""
         for unit in self.units:
-            unit.release()
+            self._release(unit)
             unit.forget()
         self.borrowed = None
 
@@ -165,5 +201,5 @@ class Schedule:
     def give_back(self) -> None:
         """Releases the borrowed unit; values written to it are kept."""
         if self.borrowed is not None:
-            self.borrowed.release()
+            self._release(self.borrowed)
             self.borrowed = None

@@ -6,6 +6,7 @@ A rule's state covers one element range of one bucket. `Target` says which part 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -58,6 +59,10 @@ class Rule(Protocol):
 
     width: int  # bytes of state an element, without remainder or master
 
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises NotImplementedError for options of a param group that this rule does not have."""
+        ...
+
     def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> State: ...
 
 
@@ -65,6 +70,13 @@ class AdamRule:
     """torch.optim.Adam and AdamW (without amsgrad) on `reduce_adam_`; moments in fp32."""
 
     width = 8
+
+    def check(self, group: dict[str, Any]) -> None:
+        _check_options("Adam", group)
+        if group["amsgrad"]:
+            raise NotImplementedError(
+                "Adam: expected amsgrad=False as when the ZeroOptimizer was built, got True. Build it with amsgrad=True."
+            )
 
     def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> AdamState:
         return AdamState(pieces, numel, device)
@@ -143,6 +155,9 @@ class TorchRule:
         self.optimizer = optimizer
         self.width = _probe(optimizer)
 
+    def check(self, group: dict[str, Any]) -> None:
+        _check_options(type(self.optimizer).__name__, group)
+
     def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> TorchState:
         return TorchState(self.optimizer, pieces, device)
 
@@ -168,7 +183,7 @@ class TorchState:
             groups.setdefault(id(target.group), {**target.group, "params": []})["params"].append(key)
         self.optimizer.param_groups = list(groups.values())
         with _single_thread():
-            self.optimizer.step()
+            inspect.unwrap(type(self.optimizer).step)(self.optimizer)  # without global step hooks: this is a part of one step
         for target in targets:
             key, part = self.keys[target.piece], slice(target.start, target.stop)
             split_(param[part], rest[part], key.data)
@@ -190,14 +205,17 @@ class TorchState:
 
 def make_rule(optimizer: torch.optim.Optimizer) -> Rule:
     """The rule for an optimizer instance. Raises NotImplementedError where its update is not elementwise."""
-    name = type(optimizer).__name__
     for group in optimizer.param_groups:
-        for option in ("differentiable", "capturable"):
-            if group.get(option):
-                raise NotImplementedError(f"{name}: expected {option}=False, got True. Build it without {option}.")
+        _check_options(type(optimizer).__name__, group)
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not any(g["amsgrad"] for g in optimizer.param_groups):
         return AdamRule()
     return TorchRule(optimizer)
+
+
+def _check_options(name: str, group: dict[str, Any]) -> None:
+    for option in ("differentiable", "capturable"):
+        if group.get(option):
+            raise NotImplementedError(f"{name}: expected {option}=False, got True. Build it without {option}.")
 
 
 def clone(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -244,6 +262,15 @@ def _probe(optimizer: torch.optim.Optimizer) -> int:
         raise NotImplementedError(
             f"{name}: its update of an element depends on other elements of the parameter, which other ranks hold. "
             "Use an elementwise optimizer (Adam, AdamW, SGD, ...)."
+        )
+    before, after = (
+        {k: repr(v) for k, v in groups[0].items() if k != "params"} for groups in (optimizer.param_groups, twin.param_groups)
+    )
+    changed = [key for key in after if after[key] != before.get(key)]
+    if changed:
+        raise NotImplementedError(
+            f"{name}: its step writes {changed} to the param group once a step, and zerolite runs one step a bucket. "
+            "Use an optimizer that keeps its state in `state`."
         )
     states = [value for state in twin.state.values() for value in state.values()]
     sizes = [value.numel() * value.element_size() for value in states if isinstance(value, Tensor) and value.dim() > 0]

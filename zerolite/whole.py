@@ -20,15 +20,11 @@ from zerolite.unit import Schedule, Unit
 @contextmanager
 def full_params(schedule: Schedule) -> Iterator[None]:
     """All parameters whole inside; what every rank writes to them is kept."""
-    schedule.give_back()
-    for unit in schedule.units:
-        unit.gather()
-    for unit in schedule.units:
-        unit.ready()
+    schedule.hold()
     try:
         yield
     finally:
-        schedule.release_all()
+        schedule.let_go()
 
 
 class WholeStateDict:

@@ -25,11 +25,13 @@ from torch import Tensor
 
 from zerolite.comm import Comm, Pending
 from zerolite.comm.group import PATIENCE, GroupComm
+from zerolite.comm.ledger import RankError
 from zerolite.comm.segment import PAGE, Segment
 from zerolite.kernels import flag_store_, flag_wait, kernels_in_use
 
 log = logging.getLogger("zerolite")
 
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtype of a round, in its flag
 _STRIDE = 8  # int64 words between flags: one cache line each
 _SLICE = 0.25  # seconds between looks at the other processes
 
@@ -49,6 +51,10 @@ class Flags:
     def raise_to(self, value: int) -> None:
         """Sets this rank's counter; everything written before is visible to who sees it."""
         flag_store_(self.words, self.places[self.comm.rank], value)
+
+    def values(self) -> list[int]:
+        """Every rank's counter."""
+        return [int(self.words[place]) for place in self.places]
 
     def wait(self, value: int, what: str) -> None:
         """Waits until every rank's counter is at least `value`."""
@@ -103,11 +109,20 @@ class SharedLane:
         self.comm.ledger.enter(what, 0)
         self.rounds += 1
         self.open = True
-        self.posted.raise_to(self.rounds)
+        code = _CODES[full.dtype]
+        self.posted.raise_to(self.rounds * 4 + code)
         span = slice(self.comm.rank * (self.numel // self.comm.size), (self.comm.rank + 1) * (self.numel // self.comm.size))
         sources = [slot[span] for slot in self._slots(full.dtype)]
         rounds = self.rounds
-        return Arriving(lambda: self.posted.wait(rounds, what), sources)
+
+        def wait() -> None:
+            self.posted.wait(rounds * 4, what)
+            if any(value != rounds * 4 + code for value in self.posted.values()):
+                raise RankError(
+                    f"ranks disagree in '{what}': some send {full.dtype}, others do not. Use no_sync() on every rank."
+                )
+
+        return Arriving(wait, sources)
 
     def done(self) -> None:
         if self.open:

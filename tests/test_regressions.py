@@ -1,0 +1,425 @@
+"""Defects that a review found, each with the smallest loop that showed it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Net, Run, loss_of, make, seeded, tokens_for
+from ranks import on_processes, on_threads
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import zerolite
+from zerolite.comm.local import LocalComm
+
+stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+
+def sgd(model, stage, comm=None, lr=1.0, **options):
+    inner = torch.optim.SGD(model.parameters(), lr=lr)
+    return zerolite.ZeroOptimizer(inner, model, stage=stage, process_group=comm or LocalComm(), **options)
+
+
+class Branch(nn.Module):
+    """`b` is used on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x, use_b):
+        y = self.a(x)
+        return y.sum() + self.b(y).sum() * 5 if use_b else y.sum()
+
+
+@stages
+@pytest.mark.parametrize("scaler", [False, True])
+def test_clipping_where_only_one_rank_has_a_gradient(stage, scaler):
+    def body(comm):
+        model = seeded(Branch)
+        optimizer = sgd(model, stage, comm)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        scale = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler)
+        scale.scale(model(torch.ones(2, 4), comm.rank == 0)).backward()
+        scale.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        scale.step(optimizer)
+        return norm, torch.cat([(value - before[name]).flatten() for name, value in model.state_dict().items()])
+
+    (norm, moved), (other, also) = on_threads(2, body)
+    plain = seeded(Branch)
+    ((plain(torch.ones(2, 4), True) + plain(torch.ones(2, 4), False)) / 2).backward()
+    expected = nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item()
+    assert norm == other == pytest.approx(expected, rel=1e-5) and torch.equal(moved, also)
+    torch.testing.assert_close(moved, torch.cat([-p.grad.flatten() for p in plain.parameters()]), rtol=1e-4, atol=1e-6)
+
+
+@stages
+def test_an_unfrozen_parameter_is_clipped_with_the_others(stage):
+    def body(comm):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)))
+        model[0].requires_grad_(False)
+        model[1].requires_grad_(False)
+        optimizer = sgd(model, stage, comm)
+        norms = []
+        for unfreeze in (None, 1, 0):
+            if unfreeze is not None:
+                model[unfreeze].requires_grad_(True)
+            model(torch.ones(1, 4) * (comm.rank + 1)).sum().backward()
+            assert len(optimizer.full_grads()) == sum(p.requires_grad for p in model.parameters())
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    first, second = on_threads(2, body)
+    assert first == second
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)))
+    model.requires_grad_(False)[2].requires_grad_(True)
+    plain, norms = torch.optim.SGD(model.parameters(), lr=1.0), []
+    for unfreeze in (None, 1, 0):
+        if unfreeze is not None:
+            model[unfreeze].requires_grad_(True)
+        (sum(model(torch.ones(1, 4) * r).sum() for r in (1, 2)) / 2).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+        plain.step()
+        plain.zero_grad()
+    assert first == pytest.approx(norms, rel=1e-4)
+
+
+@stages
+@pytest.mark.parametrize("value", [None, "zeros"])
+def test_a_gradient_replaced_on_one_rank_is_refused_on_all(stage, value):
+    def body(comm):
+        model = seeded(lambda: nn.Linear(128, 1, bias=False))
+        optimizer = sgd(model, stage, comm)
+        model(torch.ones(1, 128)).sum().backward()
+        if comm.rank == 0:
+            model.weight.grad = None if value is None else torch.zeros(1, 128)
+        with pytest.raises(ValueError, match="on some ranks only"):
+            optimizer.step()
+        return True
+
+    assert on_threads(2, body) == [True, True]
+
+
+def test_a_kept_handle_is_not_the_next_gradient():
+    model = seeded(lambda: nn.Linear(8, 1, bias=False))
+    optimizer = sgd(model, 2)
+    other = seeded(lambda: nn.Linear(8, 1, bias=False))
+    foreign = sgd(other, 2)
+    x = torch.randn(2, 8)
+    model(x).sum().backward()
+    saved = model.weight.grad
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) cleared"):
+        saved.clone()
+    (5 * model(x)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) cleared"):
+        model.weight.grad.add_(saved)
+    model.weight.grad = saved
+    with pytest.raises(RuntimeError, match=r"of another parameter or of an earlier gradient"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    other.weight.grad = model.weight.grad
+    with pytest.raises(RuntimeError, match="of another parameter"):
+        foreign.step()
+
+
+def test_editing_p_grad_inside_of_backward():
+    def norm(model, x, backwards):
+        for _ in range(backwards):
+            model(x).sum().backward()
+        return float(model.weight.grad.norm())
+
+    def edit(p):
+        p.grad.add_(100.0)
+
+    x = torch.randn(2, 8)
+    for before in (True, False):
+        model = seeded(lambda: nn.Linear(8, 1, bias=False))
+        if before:
+            model.weight.register_post_accumulate_grad_hook(edit)
+        sgd(model, 2)
+        if not before:
+            model.weight.register_post_accumulate_grad_hook(edit)
+        plain = seeded(lambda: nn.Linear(8, 1, bias=False))
+        plain.weight.register_post_accumulate_grad_hook(edit)
+        if before:  # the first gradient is a plain tensor there, and the edit is collected with it
+            assert norm(model, x, 1) == pytest.approx(norm(plain, x, 1), rel=1e-6)
+        with pytest.raises(NotImplementedError, match=r"by a hook"):
+            norm(model, x, 1)
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps its step count in the param group."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"] / group["k"])
+
+
+def test_optimizers_that_write_to_their_group_are_refused():
+    model = seeded(Net)
+    with pytest.raises(NotImplementedError, match=r"writes \['k'\] to the param group"):
+        zerolite.ZeroOptimizer(Counting(model.parameters()), model, process_group=LocalComm())
+
+
+def begin_with_rank_values(rank, stage):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_buffer("flag", torch.full((3,), rank == 0))
+    model.register_buffer("wide", torch.full((1, 4), float(rank)).expand(3, 4))
+    model.register_buffer("turned", torch.full((2, 3), rank, dtype=torch.int16).t())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(rank + 1.0)
+    model[0].requires_grad_(False)
+    inner = torch.optim.SGD(model[1].parameters(), lr=1.0)
+    zerolite.ZeroOptimizer(inner, model, stage=stage, param_dtype=torch.bfloat16)
+    state = model.state_dict()
+    assert state["0.weight"].dtype == torch.bfloat16
+    return {name: value.float().mean().item() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_parameters_and_odd_buffers_begin_as_on_rank_0(stage):
+    for values in on_processes(2, begin_with_rank_values, stage):
+        assert all(values[name] == 1.0 for name in values if "." in name)
+        assert (values["flag"], values["wide"], values["turned"]) == (1.0, 0.0, 0.0)
+
+
+@stages
+def test_states_of_parameters_that_are_frozen_when_loading(stage):
+    def build():
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        model[0].requires_grad_(False)
+        return model, zerolite.ZeroOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=0.1), model, stage=stage, process_group=LocalComm()
+        )
+
+    model, optimizer = build()
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        model(torch.ones(1, 4)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    again, resumed = build()
+    again.load_state_dict(model.state_dict())
+    optimizer.consolidate_state_dict()
+    resumed.load_state_dict(optimizer.state_dict())
+    again[0].requires_grad_(True)
+    again(torch.ones(1, 4)).pow(2).sum().backward()
+    resumed.step()
+    assert {int(state["step"]) for state in resumed.full_state().values()} == {3}
+
+
+def test_low_bits_survive_a_state_without_masters():
+    model = seeded(Net)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inner = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    inner.step()
+    inner.zero_grad()
+    optimizer = zerolite.ZeroOptimizer(inner, model, param_dtype=torch.bfloat16, process_group=LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    for name, state in optimizer.full_state().items():
+        assert torch.equal(state["master"], values[name]), name
+
+
+def test_a_write_before_saving_is_in_the_saved_master():
+    model, optimizer = make(Run(stage=1, dtype=torch.bfloat16), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.norm.weight.fill_(1.0)
+    with pytest.warns(UserWarning, match="written outside"):
+        assert torch.equal(optimizer.full_state()["norm.weight"]["master"], torch.ones(13))
+
+
+def test_amsgrad_cannot_come_later():
+    model, optimizer = make(Run(stage=1), LocalComm())
+    with pytest.raises(NotImplementedError, match="expected amsgrad=False"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "amsgrad": True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["amsgrad"] = True
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    with pytest.raises(NotImplementedError, match="expected amsgrad=False"):
+        optimizer.step()
+
+
+def test_a_parameter_added_to_the_wrapped_optimizer():
+    model = seeded(Net)
+    inner = torch.optim.AdamW(model.parameters())
+    optimizer = zerolite.ZeroOptimizer(inner, model, process_group=LocalComm())
+    inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="add_param_group of the ZeroOptimizer"):
+        optimizer.step()
+
+
+def test_full_params_stay_whole_through_a_forward_and_keep_every_write():
+    model, optimizer = make(Run(stage=3), LocalComm())
+    with optimizer.full_params():
+        model(tokens_for(0, 0, 0))
+        assert all(p.isfinite().all() for p in model.parameters())
+        model.norm.weight.data.fill_(2.0)
+    assert torch.equal(model.state_dict()["norm.weight"], torch.full((13,), 2.0))
+
+
+def test_parts_called_without_the_model_at_stage_3():
+    for variant in ("two backwards", "an evaluation in between"):
+        model, optimizer = make(Run(stage=3), LocalComm())
+        plain = seeded(Net)
+        x = torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(1))
+        for m in (model, plain):
+            first, second = m.norm(m.blocks[0].up(x)[..., :13]).sum(), m.blocks[0].up(2 * x).pow(2).sum()
+            first.backward()
+            if variant == "an evaluation in between":
+                with torch.no_grad():
+                    m(tokens_for(0, 0, 0))
+            second.backward()
+        for name, value in optimizer.full_grads().items():
+            torch.testing.assert_close(value, dict(plain.named_parameters())[name].grad)
+
+
+class View(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x))).view(2, 8, 8)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(View() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x += 1
+            x = x.reshape(2, 64) * 1.0
+        return x
+
+
+def test_outputs_that_the_caller_changes_in_place_at_stage_3():
+    model, plain = seeded(InPlace), seeded(InPlace)
+    optimizer = sgd(model, 3)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+    plain(x).pow(2).sum().backward()
+    for name, value in optimizer.full_grads().items():
+        assert torch.equal(value, dict(plain.named_parameters())[name].grad)
+
+
+@stages
+def test_input_gradients_and_a_gradient_penalty(stage):
+    def loop(model, step):
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (saliency,) = torch.autograd.grad(model(x).sum(), x)
+        (inner,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
+        (model(x).sum() + inner.pow(2).sum()).backward()
+        step()
+        return saliency
+
+    def net():
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    model, plain = seeded(net), seeded(net)
+    optimizer = sgd(model, stage, lr=0.01)
+    ours = loop(model, optimizer.step)
+    theirs = loop(plain, torch.optim.SGD(plain.parameters(), lr=0.01).step)
+    torch.testing.assert_close(ours, theirs)
+    if stage == 3:
+        assert not any(unit.buckets[0].whole for unit in optimizer._built.schedule.units)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+
+
+def test_a_unit_that_is_called_root():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.root, self.head = View(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.head(self.root(x))
+
+    model = seeded(Named)
+    sgd(model, 3, units=[View])
+    assert torch.equal(model(torch.ones(2, 64)), seeded(Named)(torch.ones(2, 64)))
+
+
+@stages
+def test_a_clip_before_a_backward_costs_one_exchange_a_bucket(stage):
+    model, optimizer = make(Run(stage=stage, bucket_mb=1e-6), LocalComm())
+    buckets = len(optimizer._trained)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    before = optimizer._parts.comm.ledger.calls["exchange"]
+    loss_of(model, tokens_for(0, 1, 0)).backward()
+    optimizer.step()
+    assert optimizer._parts.comm.ledger.calls["exchange"] - before == buckets
+
+
+def test_failed_forwards_keep_no_activation_at_stage_3():
+    model, optimizer = make(Run(stage=3), LocalComm())
+    handle = model.blocks[1].up.register_forward_hook(lambda *_: 1 / 0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model, tokens_for(0, 0, 0))
+    handle.remove()
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    assert all(unit.calls == [] for unit in optimizer._built.schedule.units)
+
+
+def test_a_backward_through_a_parameter_that_the_step_left_alone():
+    model = seeded(lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))
+    optimizer = sgd(model, 1)
+    late = model[0](torch.ones(1, 4, requires_grad=True)).sum()
+    model[1](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    late.backward()
+    assert model[0].weight.grad is not None
+
+
+def test_global_step_hooks_fire_once_a_step():
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda o, *_: seen.append(type(o).__name__))
+    model = seeded(Net)
+    optimizer = sgd(model, 1, bucket_mb=1e-6)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    seen.clear()
+    optimizer.step()
+    handle.remove()
+    assert seen == ["ZeroOptimizer"]
+
+
+def one_rank_under_no_sync(rank):
+    model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), None)
+    if rank == 0:
+        with optimizer.no_sync():
+            loss_of(model, tokens_for(0, 0, rank)).backward()
+    try:
+        loss_of(model, tokens_for(0, 1, rank)).backward()
+        optimizer.step()
+    except (zerolite.RankError, ValueError) as error:
+        return str(error)
+
+
+def test_no_sync_on_one_rank_only_is_named():
+    assert all(
+        "no_sync() on every rank" in message or "disagree" in message for message in on_processes(2, one_rank_under_no_sync)
+    )
