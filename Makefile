@@ -1,10 +1,10 @@
 # make demo   train a small GPT-2 at every stage and compare     make test   the test suite
-# make lint   formatting, style, types                           make bench  measurements
+# make lint   style and types      make peers bench  measurements, with DeepSpeed beside
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format peers bench clean
 
 setup: .venv/.native
 
@@ -35,6 +35,12 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
+
+# DeepSpeed, to measure against; its CPU Adam compiles at first use, with ninja.
+peers: .venv/.peers
+.venv/.peers: .venv/.native
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed==0.19.8 ninja
+	@touch $@
 
 bench: setup
 	@$(BIN)/python benchmarks/update.py
