@@ -25,22 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 SCRIPT = str(ROOT / "examples" / "train.py")
 RANKS = 2
-TRAINING = [
-    "--model",
-    "small",
-    "--steps",
-    "100",
-    "--batch",
-    "6",
-    "--context",
-    "96",
-    "--lr",
-    "1.5e-3",
-    "--seed",
-    "0",
-    "--out",
-    str(OUT),
-]
+STEPS = 110
+SIZES = ["--model", "small", "--steps", str(STEPS), "--batch", "6", "--context", "96"]
+TRAINING = [*SIZES, "--lr", "7e-4", "--seed", "0", "--out", str(OUT)]
 RUNS = {
     "DDP, all bf16": ["--stage", "ddp"],
     "stage 1": ["--stage", "1"],
@@ -108,7 +95,7 @@ formula  for N ranks: stage 1 2 + 2 + 10/N; stage 2 2 + 2/N + 10/N; stage 3 2/N 
          At {many} ranks that is {4 + 10 / many:.2f}, {2 + 12 / many:.2f} and {14 / many:.2f} bytes a parameter; DDP stays at 8.
 grads    are measured between backward and step.
 offload  puts gradients and states into host memory; 2 bytes a parameter stay on the device. (Here both are this host's.)
-peak     is the whole process: Python, PyTorch and activations too."""
+peak     is the whole process: Python, PyTorch and activations too, and memory that both ranks share, in each."""
 
 
 # ---- the check
@@ -217,7 +204,7 @@ def main() -> None:
     print(compare_bits(results))
     draw(results, OUT / "demo.png")
     sample = results["stage 3"]["sample"].rstrip().replace("\n", "\n  | ")
-    print(f"\nWhat the model writes after {TRAINING[3]} steps of stage 3:\n  | {sample}")
+    print(f"\nWhat the model writes after {STEPS} steps of stage 3:\n  | {sample}")
     minutes, seconds = divmod(round(time.perf_counter() - began), 60)
     print(f"\nFigure: {os.path.relpath(OUT / 'demo.png')}    Time: {minutes} min {seconds} s")
 

@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--stop", type=int, help="stop after this step of the schedule; default: after the last")
     add("--batch", type=int, default=4, help="sequences a rank and step")
     add("--context", type=int, default=128, help="tokens of a sequence")
-    add("--lr", type=float, default=1e-3, help="highest learning rate")
+    add("--lr", type=float, default=6e-4, help="highest learning rate")
     add("--seed", type=int, default=0)
     add("--prompt", default="    def __init__(self", help="start of the generated sample")
     add(
