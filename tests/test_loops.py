@@ -20,7 +20,7 @@ STAGES = [0, 1, 2, 3]
 stages = pytest.mark.parametrize("stage", STAGES)
 
 
-def compare(stage, loop, world=2, make_model=Net, rel=3e-5, **options):
+def assert_like_plain(stage, loop, world=2, make_model=Net, rel=3e-5, **options):
     """loop(model, optimizer, ranks) on `world` ranks and plainly on all; parameters agree."""
 
     def body(comm):
@@ -54,7 +54,7 @@ def test_a_different_number_of_backwards_each_step(stage, world):
             optimizer.step()
             optimizer.zero_grad(set_to_none=step % 2 == 0)
 
-    compare(stage, loop, world)
+    assert_like_plain(stage, loop, world)
 
 
 @stages
@@ -67,7 +67,7 @@ def test_two_forwards_before_one_backward_and_several_losses(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
@@ -88,7 +88,7 @@ def test_zero_grad_of_the_model_and_of_p_grad(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
@@ -142,7 +142,7 @@ def test_unused_parameters_get_no_decay_and_no_step(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop, make_model=Unused)
+    assert_like_plain(stage, loop, make_model=Unused)
 
 
 @stages
@@ -158,7 +158,7 @@ def test_parameters_used_on_some_ranks_only(stage, bucket_mb):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop, make_model=Unused, bucket_mb=bucket_mb)
+    assert_like_plain(stage, loop, make_model=Unused, bucket_mb=bucket_mb)
 
 
 class Shared(Net):
@@ -180,7 +180,7 @@ def test_modules_called_several_times(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop, make_model=Shared)
+    assert_like_plain(stage, loop, make_model=Shared)
 
 
 class Checkpointed(Shared):
@@ -207,7 +207,7 @@ def test_activation_checkpointing(stage, make_model):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop, make_model=make_model)
+    assert_like_plain(stage, loop, make_model=make_model)
 
 
 @stages
@@ -226,7 +226,7 @@ def test_eval_and_no_grad_in_between(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
@@ -254,7 +254,7 @@ def test_an_exception_and_a_clean_step_after_it(stage, where):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
@@ -272,7 +272,7 @@ def test_freezing_and_unfreezing_on_the_way(stage):
             super().__init__()
             self.blocks[0].requires_grad_(False)
 
-    compare(stage, loop, make_model=Frozen)
+    assert_like_plain(stage, loop, make_model=Frozen)
 
 
 @stages
@@ -338,7 +338,7 @@ def test_dict_list_and_object_outputs(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop, make_model=Outputs)
+    assert_like_plain(stage, loop, make_model=Outputs)
 
 
 @stages
@@ -352,7 +352,7 @@ def test_autocast(stage):
             optimizer.zero_grad()
 
     # each rank's gradient and the sum of losses round differently in bf16: a few per cent of lr=1e-2 over 3 steps
-    compare(stage, loop, rel=3e-3)
+    assert_like_plain(stage, loop, rel=3e-3)
 
 
 @stages
@@ -418,7 +418,7 @@ def test_clipping_part_of_the_parameters_and_by_value(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
@@ -431,7 +431,7 @@ def test_a_clip_before_a_further_backward(stage):
             optimizer.step()
             optimizer.zero_grad()
 
-    compare(stage, loop)
+    assert_like_plain(stage, loop)
 
 
 @stages
