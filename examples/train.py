@@ -36,7 +36,8 @@ from zerolite import ZeroOptimizer
 
 MODELS = {"tiny": (128, 2, 4), "small": (512, 3, 8), "gpt2": (768, 12, 12)}  # width, layers, heads
 VOCABULARY = 2048
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # tests and tables
+TESTS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+TABLES = {"encodings", "pydoc_data", "entities.py", "stringprep.py"}  # not code: they read like noise
 
 
 class Parts(NamedTuple):
@@ -136,7 +137,7 @@ def text_files(data: Path | None) -> list[Path]:
     if data is not None:
         return [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
+    return [path for path in sorted(root.rglob("*.py")) if not (TESTS | TABLES) & set(path.relative_to(root).parts)]
 
 
 def tokenize(files: list[Path]) -> tuple[Tokenizer, np.ndarray]:
