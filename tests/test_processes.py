@@ -370,8 +370,22 @@ def nothing_is_sent(rank, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_of_one_host_send_no_gradient_and_no_parameter(stage):
-    assert on_processes(2, nothing_is_sent, stage) == [{"exchange": 0, "gather": 0}] * 2
+def test_ranks_of_one_host_send_no_gradient_and_at_stages_1_and_2_no_parameter(stage):
+    for sent in on_processes(2, nothing_is_sent, stage):
+        assert sent["exchange"] == 0 and (sent["gather"] == 0) == (stage < 3)
+
+
+def late_load(rank):
+    model, _ = make(Run(stage=3, dtype=torch.bfloat16), None)
+    dist.barrier()
+    time.sleep(0.5 * rank)  # the other rank must not gather this one's old shard meanwhile
+    model.load_state_dict({name: torch.ones_like(value) for name, value in seeded(Net).state_dict().items()})
+    return loss_of(model, tokens_for(0, 0, 0)).item()
+
+
+def test_a_rank_that_loads_late_is_waited_for_at_stage_3():
+    first, second = on_processes(2, late_load)
+    assert first == second
 
 
 def write_as_if_alone(rank, stage):

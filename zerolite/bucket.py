@@ -101,7 +101,9 @@ class Bucket:
             split_(full, low, values)
             values = full
         self.full, self.home = values, None
-        if self.plan.states.sharded:  # else every rank writes all of it
+        if self.plan.states.sharded and not self.plan.params.sharded:
+            # Whole states: every rank writes all of it. Sharded parameters: a rank may adopt a write to its shard
+            # (load_state_dict, full_params) while another gathers, so a gather must be a collective there.
             self.home = self.comm.home(self.layout.numel, dtype, private=not self.plan.params.sharded)
         self.shard = self.full[start:stop]
         if self.home is not None:
