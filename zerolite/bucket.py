@@ -8,6 +8,10 @@
 Every buffer has one writer: `full` is written by gather and publish, the range that this rank updates by
 update. Where parameters rest whole, `shard` is a view of its range in `full`.
 
+Where the ranks of a host share a home (comm/shared.py), `full` is this process's private view of it and a gather
+copies nothing. A home is written in `update` alone, when every rank is inside the same step: what a script writes to
+parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the home in the step.
+
 Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
 and writing one raises, instead of a stale value.
 """
@@ -58,10 +62,11 @@ class Bucket:
     plan: Plan
     comm: Comm
     entries: list[Entry]
-    full: Tensor  # 1D, layout.numel, compute dtype; its storage is empty while released
+    full: Tensor  # 1D, layout.numel, compute dtype; without a home its storage is empty while released
+    whole: bool  # `full` holds the parameters, or a gather into it is under way
     home: Home | None  # the parameters once for all ranks of a host; None: every rank has its own
     shard: Tensor  # 1D, layout.shard, compute dtype: this rank's range
-    mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`
+    mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`; a copy after outside writes to a home
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
     state: State | None  # None: not trained
     grads: Gradients | None
@@ -100,22 +105,19 @@ class Bucket:
             full, low = torch.zeros_like(values, dtype=dtype), torch.zeros_like(values, dtype=rest_dtype(dtype))
             split_(full, low, values)
             values = full
-        self.full, self.home = values, None
-        if self.plan.states.sharded and not self.plan.params.sharded:
-            # Whole states: every rank writes all of it. Sharded parameters: a rank may adopt a write to its shard
-            # (load_state_dict, full_params) while another gathers, so a gather must be a collective there.
-            self.home = self.comm.home(self.layout.numel, dtype, private=not self.plan.params.sharded)
+        self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
+        if self.plan.states.sharded:  # else every rank writes all of it
+            self.home = self.comm.home(self.layout.numel, dtype)
         if self.home is not None:
             self.home.shared[start:stop] = self.shard
-            self.shard = self.home.shared[start:stop]
+            self.shard, self.full = self.home.shared[start:stop], self.home.private
             self.home.publish(f"set-up {self.name}").wait()
-            self.full = values if self.home.private is None else self.home.private
+        elif self.plan.params.sharded:
+            self.shard = self.shard.clone()
         self.mine = self.shard if self.plan.states.sharded else self.full
         if low is not None and trained:
             self.rest = low[start:stop].clone() if self.plan.states.sharded else low
-        if self.plan.params.sharded and self.home is None:
-            self.shard = self.mine = self.shard.clone()
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
         self._show(self.views)
@@ -158,21 +160,18 @@ class Bucket:
 
     # ---- parameters
 
-    @property
-    def whole(self) -> bool:
-        """Whether `full` holds the parameters, or a gather into it is under way."""
-        return self.full.untyped_storage().nbytes() > 0
-
     def gather(self) -> None:
         """Begins to fill `full` from all ranks' shards. Idempotent: calling it early is prefetching."""
-        if not self.whole:
+        if self.whole:
+            return
+        self.whole = True
+        what = f"gather {self.name}"
+        if self.home is not None:
+            self.comm.ledger.enter(what, 0)
+            self.pending = Done(self.full)
+        else:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-            what = f"gather {self.name}"
-            if self.home is None:
-                self.pending = self.comm.gather(self.full, self.shard, what)
-            else:
-                self.comm.ledger.enter(what, 0)
-                self.pending = Done(self.full.copy_(self.home.shared))
+            self.pending = self.comm.gather(self.full, self.shard, what)
 
     def ready(self) -> None:
         """Waits for a gather under way and shows the parameters whole."""
@@ -188,9 +187,12 @@ class Bucket:
         if not self.plan.params.sharded or not self.whole:
             return
         self.ready()
-        self.keep_writes(quiet=True)
+        if self.home is None:
+            self.keep_writes(quiet=True)
         self._show(self.blanks)
-        self.full.untyped_storage().resize_(0)
+        if self.home is None:
+            self.full.untyped_storage().resize_(0)
+        self.whole = False
 
     def publish(self) -> None:
         """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole."""
@@ -205,7 +207,7 @@ class Bucket:
             self.published.wait()
             self.published = None
             if self.stale and self.home is not None:
-                self.home.segment.refresh()
+                self.home.refresh()
                 self.stale = False
         elif not self.plan.params.sharded:
             self.ready()
@@ -226,9 +228,11 @@ class Bucket:
         """
         slots = list(range(len(self.entries))) if everywhere else self.written()
         separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
-        if self.home is not None and self.home.private is not None:
-            self.stale = self.stale or self.home.segment.dirty()
+        if self.home is not None:
+            self.stale = self.stale or self.home.dirty()
             slots = list(range(len(self.entries))) if self.stale else []
+            if slots and self.mine is self.shard:
+                self.mine = self.shard.clone()  # other ranks may be reading the home
         if not slots:
             return
         start = self.span[0]
@@ -262,6 +266,8 @@ class Bucket:
     def update(self, targets: list[Target]) -> None:
         """One fused pass over the range this rank updates: sum, average, update, new parameters."""
         assert self.state is not None and self.grads is not None
+        if self.home is not None and self.mine is not self.shard:
+            self.mine = self.shard.copy_(self.mine)
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
         self.state.step(self.mine, self.rest, sources, mean, targets)
         self.grads.clear()
@@ -287,11 +293,6 @@ class Bucket:
         rest = self.rest[part] if self.rest.numel() else self.rest
         return join(self.mine[part], rest)
 
-    def set_master(self, part: slice, value: Tensor) -> None:
-        """Replaces the fp32 master, and the parameter with it, in a range of `mine`."""
-        rest = self.rest[part] if self.rest.numel() else self.rest
-        split_(self.mine[part], rest, value)
-
     def collect_whole(self, local: Tensor, what: str) -> Tensor:
         """One tensor of `mine`'s range, made whole over ranks."""
         if not self.plan.states.sharded:
@@ -306,11 +307,14 @@ class Bucket:
 
     def storages(self) -> dict[str, Sequence[Tensor]]:
         """Live tensors by term of the plan (views of one storage count once)."""
-        states = [self.rest, *(self.state.tensors() if self.state is not None else [])]
+        params = [self.full, self.shard]
+        if self.home is not None:  # `full` and `shard` are the same memory, mapped twice
+            params = [self.shard if self.plan.params.sharded else self.full]
+            params += [self.mine] if self.mine is not self.shard else []
         return {
-            "params": [self.full, *([] if self.home is not None and self.home.private is not None else [self.shard])],
+            "params": params,
             "grads": self.grads.tensors() if self.grads is not None else [],
-            "states": states,
+            "states": [self.rest, *(self.state.tensors() if self.state is not None else [])],
         }
 
 

@@ -65,6 +65,6 @@ class Comm(Protocol):
         """What carries one bucket's gradient rounds; `transient`: they are reduced at once and not kept."""
         ...
 
-    def home(self, numel: int, dtype: torch.dtype, private: bool) -> Home | None:
+    def home(self, numel: int, dtype: torch.dtype) -> Home | None:
         """One bucket's parameters in memory that all ranks share, or None: every rank has its own."""
         ...

@@ -115,7 +115,7 @@ class GroupComm:
     def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
         return MessageLane(self, numel, device)
 
-    def home(self, numel: int, dtype: torch.dtype, private: bool) -> None:
+    def home(self, numel: int, dtype: torch.dtype) -> None:
         return None
 
     def _start(self, what: str, result: Tensor, call: Any) -> Waiting:

@@ -56,5 +56,5 @@ class LocalComm:
     def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
         return MessageLane(self, numel, device)
 
-    def home(self, numel: int, dtype: torch.dtype, private: bool) -> None:
+    def home(self, numel: int, dtype: torch.dtype) -> None:
         return None

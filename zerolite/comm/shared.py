@@ -141,18 +141,19 @@ class SharedLane:
 class Home:
     """One bucket's parameters, once for all ranks of the host.
 
-    `shared` is written by the owners of shards; `private` is what nn.Parameters view.
+    `shared` is written by the owners of shards, inside a step; `private` is what nn.Parameters view.
     """
 
     shared: Tensor  # 1D, numel
-    private: Tensor | None  # 1D, numel
+    private: Tensor  # 1D, numel
 
-    def __init__(self, comm: SharedComm, numel: int, dtype: torch.dtype, private: bool) -> None:
+    def __init__(self, comm: SharedComm, numel: int, dtype: torch.dtype) -> None:
         size = numel * dtype.itemsize
         tail = -(-size // PAGE) * PAGE
-        self.segment = Segment(tail + Flags.nbytes(comm.size), comm.rank, comm.share_quietly, private)
+        self.segment = Segment(tail + Flags.nbytes(comm.size), comm.rank, comm.share_quietly, private=True)
+        assert self.segment.private is not None
         self.shared = self.segment.shared[:size].view(dtype)
-        self.private = self.segment.private[:size].view(dtype) if self.segment.private is not None else None
+        self.private = self.segment.private[:size].view(dtype)
         self.updated = Flags(comm, self.segment.shared[tail : tail + Flags.nbytes(comm.size)])
         self.updates = 0
 
@@ -162,6 +163,14 @@ class Home:
         updates = self.updates
         self.updated.raise_to(updates)
         return Arriving(lambda: self.updated.wait(updates, what), self.shared)
+
+    def dirty(self) -> bool:
+        """Whether this process has written to `private` since the last refresh."""
+        return self.segment.dirty()
+
+    def refresh(self) -> None:
+        """`private` shows what is shared again."""
+        self.segment.refresh()
 
 
 class SharedComm:
@@ -225,8 +234,8 @@ class SharedComm:
     def lane(self, numel: int, device: torch.device, transient: bool) -> SharedLane:
         return SharedLane(self, numel, transient)
 
-    def home(self, numel: int, dtype: torch.dtype, private: bool) -> Home:
-        return Home(self, numel, dtype, private)
+    def home(self, numel: int, dtype: torch.dtype) -> Home:
+        return Home(self, numel, dtype)
 
 
 def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:

@@ -82,7 +82,7 @@ class ThreadComm:
     def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
         return MessageLane(self, numel, device)
 
-    def home(self, numel: int, dtype: torch.dtype, private: bool) -> None:
+    def home(self, numel: int, dtype: torch.dtype) -> None:
         return None
 
 
