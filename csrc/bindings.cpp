@@ -173,30 +173,33 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets) {
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
   STD_TORCH_CHECK(grads.size() == offsets.size(), "offsets: expected ", grads.size(), ", got ", offsets.size());
   check(out, out.scalar_type(), out.numel(), "out", "");
-  const int64_t width = out.element_size();
-  int64_t total = 0;
-  std::vector<const char*> from;
-  std::vector<int64_t> starts, sizes;
+  const int64_t width = out.element_size(), numel = out.numel();
+  struct Part {
+    int64_t start, stop;
+    const char* from;
+  };
+  std::vector<Part> parts_of;
   for (size_t i = 0; i < grads.size(); ++i) {
     STD_TORCH_CHECK(grads[i].scalar_type() == out.scalar_type(), "grads: expected the dtype of out");
     STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] + grads[i].numel() <= out.numel(), "grads: item ", i,
                     " ends outside out");
-    from.push_back(static_cast<const char*>(grads[i].const_data_ptr()));
-    sizes.push_back(grads[i].numel());
-    total += grads[i].numel();
+    parts_of.push_back({offsets[i], offsets[i] + grads[i].numel(), static_cast<const char*>(grads[i].const_data_ptr())});
   }
+  std::sort(parts_of.begin(), parts_of.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  parallel(threads_for(total), [&](int part, int parts) {
-    int64_t before = 0;
-    const int64_t share = (total + parts - 1) / parts, first = part * share, last = std::min(total, first + share);
-    for (size_t i = 0; i < from.size(); ++i) {
-      const int64_t lo = std::max<int64_t>(first - before, 0), hi = std::min(last - before, sizes[i]);
-      if (lo < hi) memcpy(to + (offsets[i] + lo) * width, from[i] + lo * width, (hi - lo) * width);
-      before += sizes[i];
+  split_range(numel, [&](int64_t from, int64_t stop) {
+    int64_t at = from;  // everything before is written
+    auto next = std::upper_bound(parts_of.begin(), parts_of.end(), from, [](int64_t x, const Part& p) { return x < p.stop; });
+    for (; next != parts_of.end() && next->start < stop; ++next) {
+      const int64_t lo = std::max(next->start, at), hi = std::min(next->stop, stop);
+      if (clear && at < lo) memset(to + at * width, 0, (lo - at) * width);
+      if (lo < hi) memcpy(to + lo * width, next->from + (lo - next->start) * width, (hi - lo) * width);
+      at = std::max(at, hi);
     }
+    if (clear && at < stop) memset(to + at * width, 0, (stop - at) * width);
   });
 }
 

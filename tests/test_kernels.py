@@ -193,10 +193,14 @@ def test_pack(isa, n):
     kernels.set_threads(2)
     grads = [wide(k, k).bfloat16() for k in (n, 3, 0, 70_000)]
     offsets = [5, n + 10, n + 13, n + 20]
-    ours, theirs = (torch.zeros(n + 70_100, dtype=torch.bfloat16) for _ in range(2))
-    kernels.pack_(ours, grads, offsets)
-    reference.pack_(theirs, grads, offsets)
-    assert torch.equal(ours, theirs) and not ours[:5].any()
+    for clear in (False, True):
+        ours, theirs = (torch.ones(n + 70_100, dtype=torch.bfloat16) for _ in range(2))
+        kernels.pack_(ours, grads[::-1], offsets[::-1], clear)
+        reference.pack_(theirs, grads, offsets, clear)
+        assert torch.equal(ours, theirs) and bool((ours[:5] == (not clear)).all()) and bool((ours[-10:] == (not clear)).all())
+        nothing = torch.ones(70, dtype=torch.bfloat16)
+        kernels.pack_(nothing, [], [], clear)
+        assert bool((nothing == (not clear)).all())
 
 
 def test_split_keeps_every_mantissa_and_every_exponent():
@@ -222,7 +226,7 @@ def op_samples():
         yield "reduce_", (torch.zeros(n, dtype=dtype), sources, 0.5, False)
         yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources[0], spans)
         yield "exceeds_", (torch.zeros(1, dtype=torch.int64), sources[0], 1.0)
-        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n])
+        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True)
 
 
 @pytest.mark.parametrize("name,args", [pytest.param(*s, id=f"{s[0]}{k}") for k, s in enumerate(op_samples())])
@@ -249,7 +253,7 @@ def test_bad_arguments_are_refused(isa):
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         kernels.reduce_(param.double(), [param.clone()], 1.0, False)
     with pytest.raises(RuntimeError, match="ends outside"):
-        kernels.pack_(param, [param.clone()], [1])
+        kernels.pack_(param, [param.clone()], [1], True)
     with pytest.raises(ValueError, match="instruction set 'sse'"):
         kernels.set_isa("sse")
     with pytest.raises(ValueError, match="at least 1"):

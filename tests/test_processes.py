@@ -34,6 +34,29 @@ def test_same_bits_over_processes_as_over_threads(env):
             assert equal(result, on_threads(3, train_on, run)[rank]), run
 
 
+def train_on_hosts(rank, hosts, runs):
+    os.environ["ZEROLITE_HOST"] = hosts[rank]
+    results = [train(None, rank, run) for run in runs]
+    model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), None)
+    return results, optimizer._parts.comm.hosts, sent_in_two_steps(model, optimizer, rank)
+
+
+@pytest.mark.parametrize("hosts", ["aabb", "abab", "aab"])
+def test_same_bits_where_only_some_ranks_share_a_host(hosts):
+    runs = [Run(stage=stage, dtype=torch.bfloat16, micro=2, clip=0.5) for stage in (0, 1, 2, 3)]
+    size = len(hosts)
+    expected = [on_threads(size, train_on, run) for run in runs]
+    for rank, (results, found, sent) in enumerate(on_processes(size, train_on_hosts, hosts, runs)):
+        assert sorted(map(tuple, found)) == sorted(tuple(r for r in range(size) if hosts[r] == h) for h in "ab")
+        for run, result, threads in zip(runs, results, expected, strict=True):
+            assert equal(result, threads[rank]), run
+        # Two steps send the slices for the ranks of the other host, and this rank's shard once to it; bf16.
+        numel = sum(bucket.layout.numel for bucket in make(Run(stage=0, dtype=torch.bfloat16), None)[1]._parts.buckets)
+        shard = -(-numel // size // 64) * 64
+        away = sum(host != hosts[rank] for host in hosts)
+        assert sent["exchange"] == 2 * 2 * shard * away and sent["gather"] == 2 * 2 * shard
+
+
 def grads_and_ddp(rank, stage):
     model, optimizer = make(Run(stage=stage), None)
     loss_of(model, tokens_for(0, 0, rank)).backward()
@@ -359,7 +382,10 @@ def leave_nothing(rank):
 
 
 def nothing_is_sent(rank, stage):
-    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), None)
+    return sent_in_two_steps(*make(Run(stage=stage, dtype=torch.bfloat16), None), rank)
+
+
+def sent_in_two_steps(model, optimizer, rank):
     before = dict(optimizer._parts.comm.ledger.sent)
     for step in range(2):
         loss_of(model, tokens_for(step, 0, rank)).backward()

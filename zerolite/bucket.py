@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.comm import Comm, Pending
+from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
 from zerolite.comm.shared import Home
 from zerolite.gradient import Gradients
@@ -108,7 +109,7 @@ class Bucket:
         self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
         if self.plan.states.sharded:  # else every rank writes all of it
-            self.home = self.comm.home(self.layout.numel, dtype)
+            self.home = self.comm.home(self.layout.numel, dtype, self.plan.params.sharded)
         if self.home is not None:
             self.home.shared[start:stop] = self.shard
             self.shard, self.full = self.home.shared[start:stop], self.home.private
@@ -132,16 +133,13 @@ class Bucket:
             entry.param.data = tensor
             entry.version = entry.param._version
 
-    def train(self, rule: Rule, suspect: Tensor) -> None:
+    def train(self, rule: Rule, lane: Lane, suspect: Tensor) -> None:
         """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
-        if self.state is not None:
-            return
         if self.rest.numel() == 0 and self.full.dtype != torch.float32:
             self.rest = torch.zeros(self.mine.numel(), dtype=rest_dtype(self.full.dtype), device=self.mine.device)
             if self.full.dtype == torch.float16:
                 self.rest.copy_(self.mine)
         self.state = rule.allocate(self.pieces, self.mine.numel(), self.mine.device)
-        lane = self.comm.lane(self.layout.numel, self.mine.device, self.plan.grads.sharded)
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, self.full.dtype, suspect)
 
     @property

@@ -246,15 +246,12 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
         members = [by_param[p] for _, p in spec.params if plan.params.sharded or p.requires_grad]
         made = _cut(spec.name, members, checked, comm)
         unit = Unit(spec.name, made, spec.module is None)
-        for bucket in made:
-            if any(e.param.requires_grad for e in bucket.entries):
-                bucket.train(checked.rule, reducer.suspect)
-            owner[id(bucket)] = unit
+        owner.update({id(bucket): unit for bucket in made})
         unit.release()
         units.append(unit)
         buckets += made
     _copy_the_rest(checked, model, comm)
-    reducer.add([bucket for bucket in buckets if bucket.trained])
+    _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer)
     built: Built
     schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
     on_collected: Callable[[Entry], None] = lambda entry: None  # noqa: E731
@@ -314,6 +311,18 @@ def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[
     return buckets
 
 
+def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer) -> None:
+    """States, gradient buffers and lanes for buckets, which go out last first."""
+    if not buckets:
+        return
+    order = buckets[::-1]
+    numels, dtypes = [bucket.layout.numel for bucket in order], [bucket.full.dtype for bucket in order]
+    lanes = reducer.comm.lanes(numels, dtypes, checked.device, checked.plan.grads.sharded)
+    for bucket, lane in zip(order, lanes, strict=True):
+        bucket.train(checked.rule, lane, reducer.suspect)
+    reducer.add(buckets)
+
+
 def _listen(built: Built, entry: Entry) -> None:
     """The handle and the hook of a trained parameter."""
     built.grads.make_handle(entry)
@@ -354,10 +363,8 @@ def late_buckets(built: Built, entries: list[Entry]) -> None:
     fresh = [entry for entry in entries if entry.bucket is None]
     made = _cut(f"late {len(built.buckets)}", fresh, built.checked, built.comm)
     built.buckets += made
-    for bucket in dict.fromkeys([*made, *(e.bucket for e in entries if e.bucket is not None)]):
-        if not bucket.trained:
-            bucket.train(built.rule, built.reducer.suspect)
-            built.reducer.add([bucket])
+    affected = dict.fromkeys([*made, *(entry.bucket for entry in entries if entry.bucket is not None)])
+    _train([bucket for bucket in affected if not bucket.trained], built.checked, built.reducer)
     for entry in entries:
         if entry.handle is None:
             _listen(built, entry)

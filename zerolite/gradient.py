@@ -2,7 +2,7 @@
 
     put(slot, grad)    one parameter's gradient of this round; kept by reference until the bucket is packed
     hold(slot, grad)   the same under no_sync(): added to a local fp32 sum instead
-    pack()             this round's gradients, and the local sum, copied into one padded tensor
+    pack()             this round's gradients, added to the local sum if there is one, in one padded tensor
     start(), finish()  the exchange with the other ranks, and the average of what came
 
 A *round* is what one synchronised backward contributes. Its average over ranks is summed in rank order in
@@ -44,8 +44,11 @@ class Gradients:
     wide: bool  # this round began with the local sum, so it travels in fp32
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
     local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
+    base: Tensor | None  # the local sum that this (wide) round begins with, until it is packed
     flight: Pending | None  # the exchange under way
     average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
+    spare: Tensor | None  # the memory of an average that was used up, for the next one where
+    # gradients rest sharded: new pages cost more than the average itself
 
     def __init__(
         self, name: str, layout: Layout, comm: Comm, lane: Lane, like: list[Tensor], dtype: torch.dtype, suspect: Tensor
@@ -58,6 +61,8 @@ class Gradients:
         self.views = [(p.shape, p.stride()) for p in like]
         self.suspect = suspect
         self.expected = len(layout.slots)
+        self.average = self.spare = None
+        self.lane.settle = self.finish
         self.clear()
 
     @property
@@ -71,7 +76,9 @@ class Gradients:
         self.arrived = {}
         self.packed = set()
         self.wide = False
-        self.full = self.local = self.flight = self.average = None
+        self.full = self.local = self.base = self.flight = self.average = None
+        if not self.lane.transient:
+            self.spare = None
 
     def holds(self, slot: int) -> bool:
         """Whether this round already has a gradient in `slot`."""
@@ -90,7 +97,7 @@ class Gradients:
     def put(self, slot: int, grad: Tensor) -> None:
         """Takes one gradient of this round (shape and dtype of the parameter)."""
         self.arrived[slot] = grad
-        if self.complete:
+        if self.complete and not self.lane.transient:
             self.pack()
 
     def hold(self, slot: int, grad: Tensor) -> None:
@@ -102,17 +109,7 @@ class Gradients:
     def widen(self) -> None:
         """The next round begins with the local sum."""
         assert not self.arrived and not self.packed
-        local, self.local, self.wide = self.local, None, True
-        if local is not None:
-            self._round().copy_(local)
-
-    def _round(self) -> Tensor:
-        """This round's buffer."""
-        if self.full is None:
-            self.full = self.lane.take(torch.float32 if self.wide else self.dtype)
-            if self.wide:
-                self.full.zero_()
-        return self.full
+        self.base, self.local, self.wide = self.local, None, True
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
         """The parameter-shaped view of `slot` in a bucket-shaped tensor."""
@@ -120,37 +117,49 @@ class Gradients:
         return flat.as_strided(shape, stride, flat.storage_offset() + self.layout.slots[slot].offset)
 
     def pack(self) -> None:
-        """Copies what has arrived into `full`, and looks once for values that are not plainly finite."""
-        if not self.arrived:
+        """Copies what has arrived into `full`, where the rest is 0, and looks once for values that are not plainly finite."""
+        if self.full is not None and not self.arrived:
             return
-        full = self._round()
+        fresh = self.full is None
+        if self.full is None:
+            self.full = self.lane.take(torch.float32 if self.wide else self.dtype)
+        full = self.full
+        if fresh and self.wide:
+            full.zero_() if self.base is None else full.copy_(self.base)
+            self.base = None
         plain: list[Tensor] = []
         offsets: list[int] = []
+        odd: list[int] = []
         for slot, grad in self.arrived.items():
             shape, stride = self.views[slot]
-            if self.wide:
-                self.view(full, slot).add_(grad)
-            elif grad.dtype == self.dtype and grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride)):
+            flat = grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride))
+            if flat and grad.dtype == self.dtype and not self.wide:
                 plain.append(grad)
                 offsets.append(self.layout.slots[slot].offset)
             else:
-                self.view(full, slot).copy_(grad)
-        pack_(full, plain, offsets)
+                odd.append(slot)
+        if not self.wide:
+            pack_(full, plain, offsets, fresh)
+        for slot in odd:
+            view = self.view(full, slot)
+            view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
         self.packed.update(self.arrived)
         self.arrived = {}
         exceeds_(self.suspect, full, _SUSPECT[full.dtype])
+
+    def look(self) -> None:
+        """Settles `suspect` for what was collected, as far as its turn to be packed has come."""
+        if self.arrived and not self.lane.transient:
+            self.pack()
+        elif self.arrived or self.wide:
+            self.suspect.fill_(1)  # the exact check decides
 
     def start(self) -> None:
         """Begins the exchange of this round; slots without a gradient count as 0."""
         self.finish()
         self.pack()
-        full = self._round()
-        if self.wide:
-            exceeds_(self.suspect, full, _SUSPECT[torch.float32])
-        else:
-            for slot in range(len(self.views)):
-                if slot not in self.packed:
-                    self.view(full, slot).zero_()
+        full = self.full
+        assert full is not None
         self.flight = self.lane.exchange(full, f"exchange {self.name}")
         self.full = None
         self.wide = False
@@ -178,20 +187,26 @@ class Gradients:
             if len(sources) == 1:
                 self.average = sources[0]
                 return
-            self.average = torch.empty(self.layout.shard, dtype=sources[0].dtype, device=sources[0].device)
+            self.average = self._room(sources[0])
             reduce_(self.average, sources, self.mean, False)
             self.lane.done()
             return
         if self.average.dtype != torch.float32 or len(sources) == 1:
-            self.average = self.average.to(torch.float32, copy=True)
+            self.average, self.spare = self.average.to(torch.float32, copy=True), None
         reduce_(self.average, sources, self.mean, True)
         self.lane.done()
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Memory for an average."""
+        if self.spare is None or self.spare.dtype != like.dtype:
+            self.spare = torch.empty(self.layout.shard, dtype=like.dtype, device=like.device)
+        return self.spare
 
     def multiply(self, slot: int, factor: float) -> None:
         """Scales what `average` holds of one slot, in fp32 (nothing is in flight)."""
         if self.average is None:
             return
-        self.average = self.average.float()
+        self.average, self.spare = self.average.float(), None
         for part in self._parts(slot):
             part.mul_(factor)
 
@@ -200,7 +215,7 @@ class Gradients:
         self.arrived.pop(slot, None)
         self.packed.discard(slot)
         self.finish()
-        for flat in (self.full, self.local):
+        for flat in (self.full, self.local, self.base):
             if flat is not None:
                 self.view(flat, slot).zero_()
         if self.average is not None:
@@ -214,7 +229,7 @@ class Gradients:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds gradients now."""
-        held = [t for t in (self.full, self.local, self.average) if t is not None]
+        held = [t for t in (self.full, self.local, self.base, self.average, self.spare) if t is not None]
         return held + list(self.arrived.values())
 
 

@@ -112,8 +112,6 @@ class Reducer:
                     grads_of(bucket).start()
             for bucket in self.order:
                 grads_of(bucket).finish()
-            for bucket in self.order:
-                grads_of(bucket).lane.rest()
             self.open = False
         self.active = False
         self.next = 0
@@ -131,7 +129,7 @@ class Reducer:
 
     def _send(self) -> None:
         for bucket in self.order:
-            grads_of(bucket).start()
+            grads_of(bucket).start()  # averages the earlier round whose memory it needs
         for bucket in self.order:
             grads_of(bucket).finish()
         self.open = False
@@ -177,7 +175,7 @@ class Reducer:
         marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(repr([e.factor for e in entries]).encode())]
         marks.append(zlib.crc32(bytes(present)))
         for bucket in self.order:
-            grads_of(bucket).pack()
+            grads_of(bucket).look()
         values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
         values += [sign * mark for mark in marks for sign in (1, -1)]
         agreed = torch.tensor(values)

@@ -10,6 +10,7 @@ Tensors are 1D and contiguous. `what` names the phase and the bucket, for the le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -61,10 +62,17 @@ class Comm(Protocol):
         """Every rank's `value`, in rank order (small picklable control data)."""
         ...
 
-    def lane(self, numel: int, device: torch.device, transient: bool) -> Lane:
-        """What carries one bucket's gradient rounds; `transient`: they are reduced at once and not kept."""
+    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
+        """What carries the gradient rounds of buckets, listed in the order in which they go out.
+
+        dtypes     compute dtype of each bucket; a round that holds local fp32 sums is wider
+        transient  rounds are averaged as they come and not kept
+        """
         ...
 
-    def home(self, numel: int, dtype: torch.dtype) -> Home | None:
-        """One bucket's parameters in memory that all ranks share, or None: every rank has its own."""
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
+        """One bucket's parameters in memory that all ranks of a host share, or None: every rank has its own.
+
+        sharded  parameters rest sharded: None unless a host's ranks are all there are
+        """
         ...

@@ -10,13 +10,14 @@ from __future__ import annotations
 import datetime
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zerolite.comm.lane import MessageLane
+from zerolite.comm.lane import Lane, message_lanes
 from zerolite.comm.ledger import Ledger, RankError
 
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
@@ -84,6 +85,14 @@ class GroupComm:
         out = torch.empty(self.size, full.numel() // self.size, dtype=full.dtype, device=full.device)
         return self._start(what, out, lambda: dist.all_to_all_single(out.view(-1), full, group=self.group, async_op=True))
 
+    def trade(self, send: Tensor, sent: list[int], received: list[int], what: str) -> Waiting:
+        """All-to-all of uneven parts: `sent[r]` elements of `send` to rank r, `received[r]` of the result from it."""
+        self.ledger.enter(what, _bytes(send))
+        out = torch.empty(sum(received), dtype=send.dtype, device=send.device)
+        return self._start(
+            what, out, lambda: dist.all_to_all_single(out, send, received, sent, group=self.group, async_op=True)
+        )
+
     def gather(self, full: Tensor, shard: Tensor, what: str) -> Waiting:
         self.ledger.enter(what, _bytes(shard) * (self.size - 1))
         return self._start(what, full, lambda: _all_gather(full, shard, group=self.group, async_op=True))
@@ -112,10 +121,10 @@ class GroupComm:
             raise self.lost(what, error) from error
         return values
 
-    def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
-        return MessageLane(self, numel, device)
+    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
+        return message_lanes(self, numels, device, transient)
 
-    def home(self, numel: int, dtype: torch.dtype) -> None:
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
 
     def _start(self, what: str, result: Tensor, call: Any) -> Waiting:

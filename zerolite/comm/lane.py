@@ -1,12 +1,16 @@
 """A lane carries one bucket's gradient rounds between ranks.
 
-full = lane.take(dtype)         this rank's buffer, to be written; padding is zero
+full = lane.take(dtype)         this rank's buffer; all of it is to be written, padding too
 pending = lane.exchange(full)   it is complete; pending.wait() gives the N ranks' slices for this rank, in rank order
 lane.done()                     the slices are not read any more
+
+Transient lanes (gradients rest sharded) may share memory: a round is packed when it is its turn to go out, and `settle`
+is called if an earlier round must be read first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,8 +22,11 @@ from zerolite.comm import Comm, Pending
 class Lane(Protocol):
     """How one bucket's rounds travel."""
 
+    transient: bool  # rounds are averaged as they come; the others stay where they are until the step
+    settle: Callable[[], None]  # reads the round in flight; set by whoever exchanges
+
     def take(self, dtype: torch.dtype) -> Tensor:
-        """A 1D buffer for this rank's round: padding is zero, the rest is to be written."""
+        """A 1D buffer for this rank's round, to be written."""
         ...
 
     def exchange(self, full: Tensor, what: str) -> Pending:
@@ -30,21 +37,19 @@ class Lane(Protocol):
         """The result of the last exchange is not read any more (or never will be)."""
         ...
 
-    def rest(self) -> None:
-        """The backward is over: memory that only carried rounds can go."""
-        ...
-
 
 class MessageLane:
     """Rounds as messages: a fresh buffer each time, and an all-to-all of slices."""
 
-    def __init__(self, comm: Comm, numel: int, device: torch.device) -> None:
+    def __init__(self, comm: Comm, numel: int, device: torch.device, transient: bool) -> None:
         self.comm = comm
         self.numel = numel
         self.device = device
+        self.transient = transient
+        self.settle: Callable[[], None] = self.done
 
     def take(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.numel, dtype=dtype, device=self.device)
+        return torch.empty(self.numel, dtype=dtype, device=self.device)
 
     def exchange(self, full: Tensor, what: str) -> Pending:
         return self.comm.exchange(full, what)
@@ -52,5 +57,7 @@ class MessageLane:
     def done(self) -> None:
         """The message is its reader's own."""
 
-    def rest(self) -> None:
-        """Nothing is kept."""
+
+def message_lanes(comm: Comm, numels: Sequence[int], device: torch.device, transient: bool) -> list[Lane]:
+    """A lane for each bucket."""
+    return [MessageLane(comm, numel, device, transient) for numel in numels]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zerolite.comm.lane import MessageLane
+from zerolite.comm.lane import Lane, message_lanes
 from zerolite.comm.ledger import Ledger
 
 
@@ -53,8 +54,8 @@ class LocalComm:
         self.ledger.enter(what, 0)
         return [value]
 
-    def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
-        return MessageLane(self, numel, device)
+    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
+        return message_lanes(self, numels, device, transient)
 
-    def home(self, numel: int, dtype: torch.dtype) -> None:
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None

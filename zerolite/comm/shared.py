@@ -1,13 +1,11 @@
-"""Ranks of one host: gradients are read where they are, and parameters exist once.
+"""Ranks of one host share memory: gradients are read where they are, and parameters exist once for each host.
 
-Every rank packs a round into its own slot of a shared segment and raises a flag; the owner of a shard reads the N
-slices in place, inside the update, and writes the new parameters where every rank's parameters view them. Nothing is
-sent. Flags are counters in the segment, written with release and read with acquire order.
+    lanes    gradient rounds, in region.py
+    home     parameters of a bucket     | parameters | flags: updated, for each rank of this host |
 
-    segment of a lane    | flags: posted, read, for each rank | slot of rank 0 | slot of rank 1 | ...
-    segment of a home    | parameters of a bucket             | flags: updated, for each rank    |
-
-Set-up, agreement and norms use the process group.
+What ranks on other hosts have travels over the process group, once a host: a slice of a gradient from its rank to the
+owner, and an updated shard from its owner to one rank of each other host, which writes it into that host's home. Set-up,
+agreement and norms use the process group.
 """
 
 from __future__ import annotations
@@ -17,125 +15,23 @@ import os
 import platform
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zerolite.comm import Comm, Pending
+from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.group import PATIENCE, GroupComm
-from zerolite.comm.ledger import RankError
+from zerolite.comm.lane import Lane
+from zerolite.comm.region import shared_lanes
 from zerolite.comm.segment import PAGE, Segment
-from zerolite.kernels import flag_store_, flag_wait, kernels_in_use
+from zerolite.kernels import kernels_in_use
 
 log = logging.getLogger("zerolite")
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtype of a round, in its flag
-_STRIDE = 8  # int64 words between flags: one cache line each
 _SLICE = 0.25  # seconds between looks at the other processes
-
-
-class Flags:
-    """One counter for each rank in shared memory."""
-
-    def __init__(self, comm: SharedComm, words: Tensor) -> None:
-        self.comm = comm
-        self.words = words.view(torch.int64)  # [ranks * _STRIDE]
-        self.places = [rank * _STRIDE for rank in range(comm.size)]
-
-    @staticmethod
-    def nbytes(ranks: int) -> int:
-        return ranks * _STRIDE * 8
-
-    def raise_to(self, value: int) -> None:
-        """Sets this rank's counter; everything written before is visible to who sees it."""
-        flag_store_(self.words, self.places[self.comm.rank], value)
-
-    def values(self) -> list[int]:
-        """Every rank's counter."""
-        return [int(self.words[place]) for place in self.places]
-
-    def wait(self, value: int, what: str) -> None:
-        """Waits until every rank's counter is at least `value`."""
-        if not flag_wait(self.words, self.places, value, 0.0):
-            self.comm.wait_for(lambda seconds: flag_wait(self.words, self.places, value, seconds), what)
-
-
-class Arriving:
-    """A result that is there once all ranks have raised a flag."""
-
-    def __init__(self, wait: Callable[[], None], result: Any) -> None:
-        self._wait = wait
-        self.result = result
-
-    def wait(self) -> Any:
-        self._wait()
-        return self.result
-
-
-class SharedLane:
-    """One bucket's rounds in shared memory (see lane.Lane)."""
-
-    def __init__(self, comm: SharedComm, numel: int, transient: bool) -> None:
-        self.comm = comm
-        self.numel = numel
-        self.transient = transient  # give the memory back after each round
-        self.slot = -(-numel * 4 // PAGE) * PAGE  # fp32 rounds fit; pages that are never written take no memory
-        head = -(-2 * Flags.nbytes(comm.size) // PAGE) * PAGE
-        self.segment = Segment(head + comm.size * self.slot, comm.rank, comm.share_quietly, private=False)
-        memory, half = self.segment.shared, Flags.nbytes(comm.size)
-        self.posted = Flags(comm, memory[:half])
-        self.read = Flags(comm, memory[half : 2 * half])
-        self.start = head
-        self.rounds = 0
-        self.open = False  # a round was exchanged and not read yet
-        self.used: torch.dtype | None = None  # dtype of an earlier round that the slot holds
-
-    def _slots(self, dtype: torch.dtype) -> list[Tensor]:
-        size = self.numel * dtype.itemsize
-        starts = [self.start + rank * self.slot for rank in range(self.comm.size)]
-        return [self.segment.shared[start : start + size].view(dtype) for start in starts]
-
-    def take(self, dtype: torch.dtype) -> Tensor:
-        self.read.wait(self.rounds, "exchange (a slot still read)")
-        mine = self._slots(dtype)[self.comm.rank]
-        if self.used is not None and self.used != dtype:
-            mine.zero_()  # padding of one width is values of the other
-        self.used = dtype
-        return mine
-
-    def exchange(self, full: Tensor, what: str) -> Pending:
-        self.comm.ledger.enter(what, 0)
-        self.rounds += 1
-        self.open = True
-        code = _CODES[full.dtype]
-        self.posted.raise_to(self.rounds * 4 + code)
-        span = slice(self.comm.rank * (self.numel // self.comm.size), (self.comm.rank + 1) * (self.numel // self.comm.size))
-        sources = [slot[span] for slot in self._slots(full.dtype)]
-        rounds = self.rounds
-
-        def wait() -> None:
-            self.posted.wait(rounds * 4, what)
-            if any(value != rounds * 4 + code for value in self.posted.values()):
-                raise RankError(
-                    f"ranks disagree in '{what}': some send {full.dtype}, others do not. Use no_sync() on every rank."
-                )
-
-        return Arriving(wait, sources)
-
-    def done(self) -> None:
-        if self.open:
-            self.open = False
-            self.read.raise_to(self.rounds)
-
-    def rest(self) -> None:
-        """Gives a transient slot's memory back once every rank has read it."""
-        if self.transient and self.used is not None and not self.open:
-            self.read.wait(self.rounds, "exchange (a slot still read)")
-            begin = self.start + self.comm.rank * self.slot
-            self.segment.free(begin, begin + self.slot)
-            self.used = None
 
 
 class Home:
@@ -150,19 +46,29 @@ class Home:
     def __init__(self, comm: SharedComm, numel: int, dtype: torch.dtype) -> None:
         size = numel * dtype.itemsize
         tail = -(-size // PAGE) * PAGE
-        self.segment = Segment(tail + Flags.nbytes(comm.size), comm.rank, comm.share_quietly, private=True)
+        self.comm = comm
+        self.segment = Segment(tail + Flags.nbytes(comm.places), comm.place, comm.share_here, private=True)
         assert self.segment.private is not None
         self.shared = self.segment.shared[:size].view(dtype)
         self.private = self.segment.private[:size].view(dtype)
-        self.updated = Flags(comm, self.segment.shared[tail : tail + Flags.nbytes(comm.size)])
+        self.updated = Flags(comm, self.segment.shared[tail : tail + Flags.nbytes(comm.places)])
         self.updates = 0
 
     def publish(self, what: str) -> Pending:
-        """This rank has written its shard; the result is there when all have."""
+        """This rank has written its shard; the result is there when every shard is."""
         self.updates += 1
         updates = self.updates
-        self.updated.raise_to(updates)
-        return Arriving(lambda: self.updated.wait(updates, what), self.shared)
+        far = self.comm.spread(self.shared, what)
+
+        def wait() -> None:
+            if far is not None:
+                far.wait()
+                self.updated.raise_to(updates)
+            self.updated.wait(updates, what)
+
+        if far is None:
+            self.updated.raise_to(updates)
+        return Arriving(wait, self.shared)
 
     def dirty(self) -> bool:
         """Whether this process has written to `private` since the last refresh."""
@@ -174,15 +80,21 @@ class Home:
 
 
 class SharedComm:
-    """The Comm of ranks that all run on one host; control data goes over the process group."""
+    """The Comm of ranks of which some share a host.
 
-    def __init__(self, group: GroupComm) -> None:
+    hosts  for each rank, which host it is on
+    """
+
+    def __init__(self, group: GroupComm, hosts: Sequence[str]) -> None:
         self.group = group
         self.rank, self.size, self.ledger = group.rank, group.size, group.ledger
+        self.hosts = [[r for r in range(self.size) if hosts[r] == host] for host in dict.fromkeys(hosts)]
+        self.here = next(ranks for ranks in self.hosts if self.rank in ranks)
+        self.place, self.places = self.here.index(self.rank), len(self.here)
         self._watched: list[int] = []
         self._poll = select.poll()
         for rank, pid in enumerate(group.share(os.getpid(), "set-up processes")):
-            if rank != self.rank:
+            if rank != self.rank and rank in self.here:
                 descriptor = os.pidfd_open(pid)
                 self._watched.append(descriptor)
                 self._poll.register(descriptor, select.POLLIN)
@@ -209,6 +121,52 @@ class SharedComm:
             if late:
                 group.retract()
 
+    # ---- between hosts
+
+    def across(self, full: Tensor, near: list[Tensor], what: str) -> tuple[list[Tensor], Pending | None]:
+        """The N slices for this rank: `near` of this host's ranks, and of others what the pending exchange brings."""
+        if len(self.hosts) == 1:
+            self.ledger.enter(what, 0)
+            return near, None
+        slices = full.view(self.size, -1)
+        away = [rank for rank in range(self.size) if rank not in self.here]
+        counts = [0 if rank in self.here else slices.size(1) for rank in range(self.size)]
+        pending = self.group.trade(slices[away].view(-1), counts, counts, what)
+        came = dict(zip(away, pending.result.view(len(away), slices.size(1)), strict=True))
+        own = dict(zip(self.here, near, strict=True))
+        return [own[rank] if rank in own else came[rank] for rank in range(self.size)], pending
+
+    def _receiver(self, host: list[int], shard: int) -> int:
+        """The rank of another host that takes in a shard: as its owner's, its place on its host."""
+        own = next(ranks for ranks in self.hosts if shard in ranks)
+        return host[own.index(shard) % len(host)]
+
+    def spread(self, home: Tensor, what: str) -> Pending | None:
+        """Sends this rank's shard of a home to the other hosts, and brings in theirs; None where there are none."""
+        if len(self.hosts) == 1:
+            self.ledger.enter(what, 0)
+            return None
+        shards = home.view(self.size, -1)
+        to = [self._receiver(host, self.rank) for host in self.hosts if self.rank not in host]
+        away = [rank for rank in range(self.size) if rank not in self.here]
+        came_from = [rank for rank in away if self._receiver(self.here, rank) == self.rank]
+        width = shards.size(1)
+        send = shards[self.rank].repeat(len(to))
+        pending = self.group.trade(
+            send,
+            [width * to.count(rank) for rank in range(self.size)],
+            [width * came_from.count(rank) for rank in range(self.size)],
+            what,
+        )
+
+        def wait() -> None:
+            for rank, shard in zip(came_from, pending.wait().view(len(came_from), width), strict=True):
+                shards[rank].copy_(shard)
+
+        return Arriving(wait, home)
+
+    # ---- over the process group
+
     def exchange(self, full: Tensor, what: str) -> Pending:
         return self.group.exchange(full, what)
 
@@ -227,24 +185,28 @@ class SharedComm:
     def share(self, value: Any, what: str) -> list[Any]:
         return self.group.share(value, what)
 
-    def share_quietly(self, value: Any) -> list[Any]:
-        """share, for segments."""
-        return self.group.share(value, "set-up segment")
+    def share_here(self, value: Any) -> list[Any]:
+        """share, of this host's ranks, for segments (every rank of every host calls it)."""
+        values = self.group.share(value, "set-up segment")
+        return [values[rank] for rank in self.here]
 
-    def lane(self, numel: int, device: torch.device, transient: bool) -> SharedLane:
-        return SharedLane(self, numel, transient)
+    # ---- in shared memory
 
-    def home(self, numel: int, dtype: torch.dtype) -> Home:
-        return Home(self, numel, dtype)
+    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
+        return shared_lanes(self, numels, dtypes, transient)
+
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
+        return None if sharded and len(self.hosts) > 1 else Home(self, numel, dtype)
 
 
 def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:
-    """Shared memory where all ranks of a process group are processes of one host, else `comm` (a collective).
+    """Shared memory where ranks of a process group are processes of one host, else `comm` (a collective).
 
     hosts  (host, process) of each rank. ZEROLITE_SHARED=0 keeps the process group.
     """
-    if not isinstance(comm, GroupComm) or len({host for host, _ in hosts}) > 1 or len(set(hosts)) < 2:
-        return comm
+    names = [host for host, _ in hosts]
+    if not isinstance(comm, GroupComm) or len(set(hosts)) < len(hosts) or len(set(names)) == len(names):
+        return comm  # ranks that are threads of one process, or one rank a host
     if os.environ.get("ZEROLITE_SHARED", "1") == "0":
         return comm
     problem = ""
@@ -252,8 +214,8 @@ def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:
     try:
         if kernels_in_use() == "reference" and platform.machine() not in ("x86_64", "AMD64"):
             raise OSError("flags need the native kernels on this processor")
-        shared = candidate = SharedComm(comm)
-        probe = Segment(PAGE, comm.rank, candidate.share_quietly, private=True)
+        shared = candidate = SharedComm(comm, names)
+        probe = Segment(PAGE, candidate.place, candidate.share_here, private=True)
         probe.dirty()
     except (OSError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zerolite.comm.lane import MessageLane
+from zerolite.comm.lane import Lane, message_lanes
 from zerolite.comm.ledger import Ledger, RankError
 from zerolite.comm.local import Done
 
@@ -79,10 +79,10 @@ class ThreadComm:
     def share(self, value: Any, what: str) -> list[Any]:
         return self._meet(what, value, copy.deepcopy, 0)
 
-    def lane(self, numel: int, device: torch.device, transient: bool) -> MessageLane:
-        return MessageLane(self, numel, device)
+    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
+        return message_lanes(self, numels, device, transient)
 
-    def home(self, numel: int, dtype: torch.dtype) -> None:
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
 
 

@@ -74,7 +74,9 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
         flag.fill_(1)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int]) -> None:
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool) -> None:
+    if clear:
+        out.zero_()
     for grad, offset in zip(grads, offsets, strict=True):
         out[offset : offset + grad.numel()] = grad.reshape(-1)
 

@@ -1,0 +1,124 @@
+"""Gradient rounds of the ranks of one host, read where they are.
+
+Every rank packs a round into its own slot of a region and raises a flag; the owner of a shard reads the N slices in
+place, inside the update or the average.
+
+    region    | slot of rank 0 | slot of rank 1 | ...      written by that rank, read by all
+    flags     | posted, read, for each rank | of lane 0 | of lane 1 | ...
+
+Where gradients rest whole, each lane has a region of its own. Where they rest sharded, lanes take turns on `TURNS`
+regions in the order in which buckets go out, so that two buckets in flight are all that is held however large the
+model is, and pages stay: a page's first use costs microseconds, as much as moving its bytes a hundred times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zerolite.comm import Pending
+from zerolite.comm.flags import Arriving, Flags
+from zerolite.comm.lane import Lane
+from zerolite.comm.ledger import RankError
+from zerolite.comm.segment import PAGE, Segment
+
+if TYPE_CHECKING:
+    from zerolite.comm.shared import SharedComm
+
+TURNS = 2  # regions that lanes of transient rounds share; a rank can be one bucket ahead of the slowest
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtype of a round, in its flag
+_STILL_READ = "exchange (a slot still read)"
+
+
+class Region:
+    """A slot for each rank of the host, lent to one lane at a time."""
+
+    holder: SharedLane | None
+
+    def __init__(self, comm: SharedComm, numel: int, narrow: int) -> None:
+        self.comm = comm
+        self.slot = -(-numel * 4 // PAGE) * PAGE  # fp32 rounds fit; pages that are never written take no memory
+        self.narrow = narrow  # bytes of the largest round in compute dtype
+        self.wide = False  # pages past `narrow` were written
+        self.holder = None
+        self.segment = Segment(comm.places * self.slot, comm.place, comm.share_here, private=False)
+
+    def lend(self, lane: SharedLane, dtype: torch.dtype) -> Tensor:
+        """This rank's slot, uint8, once every rank has read what it held."""
+        if self.holder is not None:
+            if self.holder.open and self.holder is not lane:
+                self.holder.settle()
+            self.holder.read.wait(self.holder.rounds, _STILL_READ)
+        self.holder = lane
+        start = self.comm.place * self.slot
+        if dtype == torch.float32:
+            self.wide = True
+        elif self.wide:
+            self.segment.free(start + self.narrow, start + self.slot)
+            self.wide = False
+        return self.segment.shared[start : start + self.slot]
+
+
+class SharedLane:
+    """One bucket's rounds in shared memory (see lane.Lane)."""
+
+    def __init__(self, comm: SharedComm, numel: int, region: Region, flags: Tensor, transient: bool) -> None:
+        self.comm = comm
+        self.numel = numel
+        self.region = region
+        self.transient = transient
+        half = Flags.nbytes(comm.places)
+        self.posted = Flags(comm, flags[:half])
+        self.read = Flags(comm, flags[half:])
+        self.rounds = 0
+        self.open = False  # a round was exchanged and not read yet
+        self.settle: Callable[[], None] = self.done
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        return self.region.lend(self, dtype)[: self.numel * dtype.itemsize].view(dtype)
+
+    def _slices(self, dtype: torch.dtype) -> list[Tensor]:
+        """The slices for this rank in the slots of this host's ranks, in rank order."""
+        shard = self.numel // self.comm.size * dtype.itemsize
+        starts = [place * self.region.slot + self.comm.rank * shard for place in range(self.comm.places)]
+        return [self.region.segment.shared[start : start + shard].view(dtype) for start in starts]
+
+    def exchange(self, full: Tensor, what: str) -> Pending:
+        self.rounds += 1
+        self.open = True
+        mark = self.rounds * 4 + _CODES[full.dtype]
+        self.posted.raise_to(mark)
+        sources, far = self.comm.across(full, self._slices(full.dtype), what)
+
+        def wait() -> None:
+            if far is not None:
+                far.wait()
+            self.posted.wait(mark // 4 * 4, what)
+            if any(value != mark for value in self.posted.values()):
+                raise RankError(
+                    f"ranks disagree in '{what}': some send {full.dtype}, others do not. Use no_sync() on every rank."
+                )
+
+        return Arriving(wait, sources)
+
+    def done(self) -> None:
+        if self.open:
+            self.open = False
+            self.read.raise_to(self.rounds)
+
+
+def shared_lanes(comm: SharedComm, numels: Sequence[int], dtypes: Sequence[torch.dtype], transient: bool) -> list[Lane]:
+    """Lanes for buckets in the order in which they go out (a collective)."""
+    each = 2 * Flags.nbytes(comm.places)
+    flags = Segment(each * max(len(numels), 1), comm.place, comm.share_here, private=False)
+    count = min(TURNS, len(numels)) if transient else len(numels)
+    sizes = [(numel, numel * dtype.itemsize) for numel, dtype in zip(numels, dtypes, strict=True)]
+    regions = [Region(comm, *(max(column) for column in zip(*sizes[k::count], strict=True))) for k in range(count)]
+    return [
+        SharedLane(comm, numel, regions[k % count], flags.shared[k * each : (k + 1) * each], transient)
+        for k, numel in enumerate(numels)
+    ]
