@@ -1,6 +1,7 @@
 """Schemas of the `zerolite::` ops, one place, and their default implementation.
 
-All tensors of one call live on one device. Elementwise tensors are 1D, contiguous and of equal length.
+All tensors of one call live on one device, but for `spans` and `rows`: small tables, best on the host, because a CUDA
+call reads them back (and waits) to check them. Elementwise tensors are 1D, contiguous and of equal length.
 An index tensor `spans` is int64 of shape (n, 3): start, stop, and a row of another argument.
 """
 
