@@ -63,8 +63,7 @@ def compile_native(target):
         jobs += [(source, f"{source}.o", []) for source in ("dispatch.cpp", "pool.cpp")]
         jobs.append(("bindings.cpp", "bindings.cpp.o", [STABLE_ABI, "-isystem", str(torch / "include")]))
         commands = [
-            [*compiler, *FLAGS, *extra, "-c", str(CSRC / source), "-o", f"{build}/{output}"]
-            for source, output, extra in jobs
+            [*compiler, *FLAGS, *extra, "-c", str(CSRC / source), "-o", f"{build}/{output}"] for source, output, extra in jobs
         ]
         link = [*compiler, "-shared", "-o", str(target), *(f"{build}/{output}" for _, output, _ in jobs)]
         link += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread", "-static-libgcc"]
@@ -89,7 +88,7 @@ def compile_cuda(target):
         cuda = [nvcc, *CUDA_FLAGS, "--threads", "0", *host, *code, "-c", str(CSRC / "cuda" / "kernels.cu"), "-o", objects[0]]
         bind = [*compiler, *FLAGS, *include, "-c", str(CSRC / "cuda" / "bindings.cpp"), "-o", objects[1]]
         # nvcc links its runtime statically; torch's CUDA libraries are looked up at run time.
-        link = [nvcc, "-shared", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
+        link = [nvcc, "-shared", "--no-device-link", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
         return run([cuda, bind], link)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_kernels import DTYPES, ROWS, adam_tensors, assert_same, wide
 from torch import Tensor
 
-from test_kernels import DTYPES, ROWS, adam_tensors, assert_same, wide
 from zerolite import kernels
 from zerolite.kernels.ops import LIMBS
 

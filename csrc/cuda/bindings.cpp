@@ -43,8 +43,8 @@ struct Call {
 
   void ok(const char* problem) const {
     STD_TORCH_CHECK(problem == nullptr, "zerolite::", op, " on cuda:", device, ": ", problem,
-                    ". Expected a driver at least as new as the nvcc that built zerolite; ZEROLITE_KERNELS=reference "
-                    "runs without these kernels");
+                    ". Expected a GPU of compute capability 8.0 or later and a driver at least as new as the nvcc that built "
+                    "zerolite; ZEROLITE_KERNELS=reference runs without these kernels");
   }
   void here(const Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, name, ": expected a tensor on cuda:", device,
