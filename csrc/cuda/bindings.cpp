@@ -1,5 +1,5 @@
-// torch.library implementations for CUDA through the LibTorch stable ABI. Built without CUDA headers of torch and linked to
-// none of its CUDA libraries, so that a CPU-only torch is enough to compile it. Loading touches no device.
+// torch.library implementations for CUDA through the LibTorch stable ABI. Built without CUDA headers of torch and
+// linked to none of its CUDA libraries, so that a CPU-only torch is enough to compile it. Loading touches no device.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -43,8 +43,8 @@ struct Call {
 
   void ok(const char* problem) const {
     STD_TORCH_CHECK(problem == nullptr, "zerolite::", op, " on cuda:", device, ": ", problem,
-                    ". Expected a GPU of compute capability 8.0 or later and a driver at least as new as the nvcc that built "
-                    "zerolite; ZEROLITE_KERNELS=reference runs without these kernels");
+                    ". Expected a GPU of compute capability 8.0 or later and a driver at least as new as the nvcc "
+                    "that built zerolite; ZEROLITE_KERNELS=reference runs without these kernels");
   }
   void here(const Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, name, ": expected a tensor on cuda:", device,
@@ -139,7 +139,9 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
   call.here(src, "src");
   run_exceeds(static_cast<int64_t*>(flag.mutable_data_ptr()), src.const_data_ptr(), dtype, src.numel(),
               static_cast<float>(limit),
-              [&](const ExceedsTask& task, int64_t tiles) { call.ok(launch_exceeds(task, dtype, tiles, call.stream)); });
+              [&](const ExceedsTask& task, int64_t tiles) {
+                call.ok(launch_exceeds(task, dtype, tiles, call.stream));
+              });
 }
 
 void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets) {
@@ -148,7 +150,9 @@ void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets) 
   call.here(grads, "grads");
   run_pack(static_cast<char*>(out.mutable_data_ptr()), static_cast<int>(out.element_size()), list.from.data(),
            offsets.data(), list.sizes.data(), static_cast<int64_t>(list.from.size()),
-           [&](const PackTask& task, int bytes, int64_t tiles) { call.ok(launch_pack(task, bytes, tiles, call.stream)); });
+           [&](const PackTask& task, int bytes, int64_t tiles) {
+             call.ok(launch_pack(task, bytes, tiles, call.stream));
+           });
 }
 
 }  // namespace

@@ -23,30 +23,34 @@ struct SourceTable {
   float mean;
 };
 
-template <class G>
-ZL_FN const G* source(const SourceTable& s, int k) {
-  return static_cast<const G*>(s.more == nullptr ? s.data[k] : s.more[k]);
+template <class G, int W, int U, class Where>
+ZL_FN void add_source(float (&g)[U][W], const void* source, const Where (&at)[U]) {
+  Pack<G, W> x[U];
+  ZL_UNROLL
+  for (int u = 0; u < U; ++u) load(x[u], static_cast<const G*>(source), at[u]);
+  ZL_UNROLL
+  for (int u = 0; u < U; ++u)
+    ZL_UNROLL
+    for (int i = 0; i < W; ++i) g[u][i] = g[u][i] + widen(x[u].x[i]);
 }
 
 // g = round_to<G>(mean * (source 0 + source 1 + ...)), the averaged gradient as a G holds it.
 template <class G, int W, int U, class Where>
 ZL_FN void average(float (&g)[U][W], const SourceTable& s, const Where (&at)[U]) {
+  const G* first = static_cast<const G*>(s.more == nullptr ? s.data[0] : s.more[0]);
   Pack<G, W> x[U];
   ZL_UNROLL
-  for (int u = 0; u < U; ++u) load(x[u], source<G>(s, 0), at[u]);
+  for (int u = 0; u < U; ++u) load(x[u], first, at[u]);
   ZL_UNROLL
   for (int u = 0; u < U; ++u)
     ZL_UNROLL
     for (int i = 0; i < W; ++i) g[u][i] = widen(x[u].x[i]);
-  ZL_UNROLL_4
-  for (int k = 1; k < s.count; ++k) {
-    const G* from = source<G>(s, k);
-    ZL_UNROLL
-    for (int u = 0; u < U; ++u) load(x[u], from, at[u]);
-    ZL_UNROLL
-    for (int u = 0; u < U; ++u)
-      ZL_UNROLL
-      for (int i = 0; i < W; ++i) g[u][i] = g[u][i] + widen(x[u].x[i]);
+  if (s.more == nullptr) {  // a loop of its own: pointers come from the constant bank, ahead of the loads
+    ZL_UNROLL_4
+    for (int k = 1; k < s.count; ++k) add_source<G>(g, s.data[k], at);
+  } else {
+    ZL_NO_UNROLL
+    for (int k = 1; k < s.count; ++k) add_source<G>(g, s.more[k], at);
   }
   ZL_UNROLL
   for (int u = 0; u < U; ++u)

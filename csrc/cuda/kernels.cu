@@ -65,11 +65,13 @@ const char* with_dtype(Dtype dtype, const Body& body) {
 
 const char* launch_adam(const AdamTask& task, Dtype sources, int64_t tiles, void* stream) {
   return with_dtype(task.t.dtype, [&](auto p) {
-    return with_dtype(sources, [&](auto g) { return start(adam_kernel<decltype(p), decltype(g)>, task, tiles, stream); });
+    return with_dtype(sources,
+                      [&](auto g) { return start(adam_kernel<decltype(p), decltype(g)>, task, tiles, stream); });
   });
 }
 
-const char* launch_reduce(const ReduceTask& task, Dtype out, Dtype sources, bool accumulate, int64_t tiles, void* stream) {
+const char* launch_reduce(const ReduceTask& task, Dtype out, Dtype sources, bool accumulate, int64_t tiles,
+                          void* stream) {
   return with_dtype(sources, [&](auto g) {
     using G = decltype(g);
     if (accumulate) return start(reduce_kernel<float, G, true>, task, tiles, stream);

@@ -1,5 +1,5 @@
-// Launches of csrc/cuda/kernels.cu. No torch here, so nvcc never sees its headers, and no CUDA, so g++ compiles callers.
-// Each returns null, or what CUDA says went wrong.
+// Launches of csrc/cuda/kernels.cu. No torch here, so nvcc never sees its headers, and no CUDA, so g++ compiles
+// callers. Each returns null, or what CUDA says went wrong.
 #pragma once
 
 #include "bodies.h"

@@ -1,5 +1,5 @@
-// From arguments to launches: which addresses line up, how spans become tables of tiles. Host code without CUDA or torch;
-// the bindings pass a launch, and tests/emulate.cpp a loop over simulated blocks.
+// From arguments to launches: which addresses line up, how spans become tables of tiles. Host code without CUDA or
+// torch; the bindings pass a launch, and tests/emulate.cpp a loop over simulated blocks.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,8 @@ struct Address {
 };
 
 // The phase in which vectors of `width` elements are aligned in every tensor at once, else kScattered.
-inline int common_phase(std::initializer_list<Address> tensors, const void* const* more, int count, int bytes, int width) {
+inline int common_phase(std::initializer_list<Address> tensors, const void* const* more, int count, int bytes,
+                        int width) {
   int phase = -2;  // none seen
   const auto meet = [&](const void* at, int size) {
     const auto address = reinterpret_cast<uintptr_t>(at);
@@ -36,9 +37,10 @@ inline int64_t tiles_of(int64_t start, int64_t stop, int phase, int width, int64
   return (count_groups(start, stop, phase, width) * width + tile - 1) / tile;
 }
 
-// Fills `table` with entry(i) for i in [0, count), `tile` elements to a tile, and calls launch(tiles) whenever it is full.
+// Fills `table` with entry(i) for i in [0, count), `tile` elements to a tile, and calls launch(tiles) when it is full.
 template <class Payload, int N, class EntryOf, class Launch>
-void in_tables(Table<Payload, N>& table, int64_t count, int width, int64_t tile, const EntryOf& entry, const Launch& launch) {
+void in_tables(Table<Payload, N>& table, int64_t count, int width, int64_t tile, const EntryOf& entry,
+               const Launch& launch) {
   constexpr int64_t kMostTiles = 0x7fffffff;  // blocks of a grid
   int64_t tiles = 0;
   table.count = 0;
@@ -71,9 +73,10 @@ template <class Launch>
 void run_adam(const AdamTensors& t, const Sources& sources, const void* const* in_device_memory, const int64_t* spans,
               int64_t count, const float* rows, const Launch& launch) {
   constexpr int W = kWidth<float>;
-  const int wide = bytes_of(t.dtype), rest = t.dtype == Dtype::kBFloat16 ? 2 : 4;
-  const int phase = common_phase({{t.param, wide}, {t.dtype == Dtype::kFloat ? nullptr : t.rest, rest}, {t.m, 4}, {t.v, 4}},
-                                 sources.data, sources.count, bytes_of(sources.dtype), W);
+  const Address param{t.param, bytes_of(t.dtype)};
+  const Address rest{t.dtype == Dtype::kFloat ? nullptr : t.rest, t.dtype == Dtype::kBFloat16 ? 2 : 4};
+  const int phase =
+      common_phase({param, rest, {t.m, 4}, {t.v, 4}}, sources.data, sources.count, bytes_of(sources.dtype), W);
   AdamTask task{};
   task.t = t;
   fill(task.sources, sources, in_device_memory);
@@ -110,7 +113,8 @@ void run_exceeds(int64_t* flag, const void* src, Dtype dtype, int64_t numel, flo
 
 // One span of each row says `carries`, in each table.
 template <class Launch>
-void run_square_sum(int64_t* sums, const void* src, Dtype dtype, const int64_t* spans, int64_t count, const Launch& launch) {
+void run_square_sum(int64_t* sums, const void* src, Dtype dtype, const int64_t* spans, int64_t count,
+                    const Launch& launch) {
   const int width = 16 / bytes_of(dtype);
   const int phase = common_phase({{src, bytes_of(dtype)}}, nullptr, 0, 0, width);
   SquareTask task{};
@@ -131,14 +135,14 @@ void run_square_sum(int64_t* sums, const void* src, Dtype dtype, const int64_t* 
 
 // Elements of `bytes` bytes; 16 travel as two of 8.
 template <class Launch>
-void run_pack(char* out, int bytes, const void* const* from, const int64_t* offsets, const int64_t* sizes, int64_t count,
-              const Launch& launch) {
+void run_pack(char* out, int bytes, const void* const* from, const int64_t* offsets, const int64_t* sizes,
+              int64_t count, const Launch& launch) {
   const int unit = std::min(bytes, 8), width = 16 / unit;
   PackTask task{};
   const auto entry = [&](int64_t i) {
     char* to = out + offsets[i] * bytes;
-    return Entry<Copy>{0, sizes[i] * (bytes / unit), 0, common_phase({{from[i], unit}, {to, unit}}, nullptr, 0, 0, width),
-                       {from[i], to}};
+    const int phase = common_phase({{from[i], unit}, {to, unit}}, nullptr, 0, 0, width);
+    return Entry<Copy>{0, sizes[i] * (bytes / unit), 0, phase, {from[i], to}};
   };
   in_tables(task.table, count, width, kThreads * kPackUnroll * width, entry,
             [&](int64_t tiles) { launch(task, unit, tiles); });

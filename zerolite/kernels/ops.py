@@ -56,7 +56,7 @@ def reduce_adam_(
     m, v     float32 moments
     sources  N tensors of one dtype, the same element range of N ranks' gradients; the average is
              rounded to this dtype, as if one device had computed it
-    spans    elements to update and the row that holds their hyper-parameters
+    spans    elements to update, disjoint, and the row that holds their hyper-parameters
     rows     float32 of shape (n, len(ADAM_ROW))
     mean     factor of the sum, 1 / world size
 
