@@ -21,7 +21,7 @@ void* current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return reinterpret_cast<Getter>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(getter != nullptr, "zerolite: this torch has no aoti_torch_get_current_cuda_stream; ",
                   "expected a CUDA build of torch 2.11 or later");
