@@ -1,10 +1,11 @@
 # make demo   train a small GPT-2 at every stage and compare     make test   the test suite
 # make lint   style and types      make peers bench  measurements, with DeepSpeed beside
+# make cuda   compile the CUDA kernels for all architectures, or say why not
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint format peers bench clean
+.PHONY: setup cuda demo test lint format peers bench clean
 
 setup: .venv/.native
 
@@ -16,10 +17,14 @@ setup: .venv/.native
 	@$(PIP) $$($(BIN)/python -c "import tomllib; e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*['%s' % r.replace(' ', '') for r in e['demo'] + e['dev']])")
 	@touch $@
 
-.venv/.native: .venv/.packages setup.py $(wildcard csrc/*)
+.venv/.native: .venv/.packages setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "building the native kernels"
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
+
+# Setup builds the CUDA kernels too where it finds nvcc; this says why where it could not. No GPU needed.
+cuda: .venv/.packages
+	@$(BIN)/python -c "from pathlib import Path; import setup, sys; sys.exit(setup.compile_cuda(Path('zerolite/kernels/_cuda.so')))"
 
 demo: setup
 	@$(BIN)/python examples/demo.py
@@ -46,4 +51,4 @@ bench: setup
 	@$(BIN)/python benchmarks/update.py
 
 clean:
-	rm -rf .venv build dist out *.egg-info zerolite/kernels/_native.so
+	rm -rf .venv build dist out *.egg-info zerolite/kernels/_native.so zerolite/kernels/_cuda.so

@@ -1,17 +1,20 @@
 // The arithmetic of zerolite, written once. CPU loops and CUDA kernels include this file.
 //
 // Every operation is an IEEE-754 binary32 add, subtract, multiply, divide or square root, rounded by
-// itself, in the order written here. Compile with -ffp-contract=off (nvcc: --fmad=false): a fused
-// multiply-add anywhere would make instruction sets disagree in the last bit.
+// itself, in the order written here. Compile with -ffp-contract=off (nvcc: --fmad=false -prec-div=true
+// -prec-sqrt=true -ftz=false): a fused multiply-add anywhere would make instruction sets disagree in the last bit.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #define ZL_FN __host__ __device__ __forceinline__
+#define ZL_METHOD ZL_FN
 #else
 #define ZL_FN static inline __attribute__((always_inline))
+#define ZL_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace zerolite {
@@ -57,7 +60,11 @@ ZL_FN uint16_t nearest_even(float x) {
 ZL_FN void narrow(float& to, float x) { to = x; }
 ZL_FN void narrow(bf16& to, float x) { to.bits = nearest_even(x); }
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+using half = __half;
+ZL_FN float widen(half x) { return __half2float(x); }
+ZL_FN void narrow(half& to, float x) { to = __float2half_rn(x); }
+#else
 using half = _Float16;
 ZL_FN float widen(half x) { return static_cast<float>(x); }
 ZL_FN void narrow(half& to, float x) { to = static_cast<half>(x); }
@@ -82,8 +89,10 @@ ZL_FN void split(float master, uint16_t& hi, int16_t& lo) {
 }
 
 // Adam and AdamW (Kingma & Ba 2015, Loshchilov & Hutter 2019), with the bias corrections folded into
-// eps and step_size so that one square root and one division remain.
-ZL_FN void adam(float g, float& p, float& m, float& v, const AdamRow& r, float (*root)(float)) {
+// eps and step_size so that one square root and one division remain. `root` is the correctly rounded
+// square root of the processor at hand: a function, or an object that is called like one.
+template <class Root>
+ZL_FN void adam(float g, float& p, float& m, float& v, const AdamRow& r, Root root) {
   g = g * r.grad_scale;
   g = g + r.l2 * p;
   p = p * r.decay;

@@ -1,9 +1,6 @@
 // torch.library implementations for CPU, bound through the LibTorch stable ABI: one build serves every
-// torch from 2.11 on and every Python. All checks live here; schemas are in zerolite/kernels/ops.py.
+// torch from 2.11 on and every Python. Checks are in checks.h; schemas are in zerolite/kernels/ops.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,50 +9,26 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "flags.h"
 #include "kernels.h"
 #include "pool.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace zerolite;
 
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kHalf;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-  return Dtype::kFloat;
-}
-
-void check(const Tensor& t, ScalarType dtype, int64_t numel, const char* name, const char* expected) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", expected);
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == numel, name, ": expected a contiguous tensor of ", numel,
-                  " elements, got ", t.numel());
-}
-
-// Rows (start, stop, index) with 0 <= start <= stop <= numel and 0 <= index < rows.
+// The rows of a tensor of spans.
 struct Spans {
   const int64_t* data;
   int64_t count;
   int64_t elements = 0;
 
   Spans(const Tensor& t, int64_t numel, int64_t rows) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 2 && t.size(1) == 3 && t.is_contiguous(),
-                    "spans: expected a contiguous int64 tensor of shape (n, 3)");
+    check_spans_shape(t);
     data = static_cast<const int64_t*>(t.const_data_ptr());
     count = t.size(0);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t start = data[3 * i], stop = data[3 * i + 1], row = data[3 * i + 2];
-      STD_TORCH_CHECK(0 <= start && start <= stop && stop <= numel, "spans: row ", i, " is [", start, ", ", stop,
-                      "), outside a tensor of ", numel, " elements");
-      STD_TORCH_CHECK(0 <= row && row < rows, "spans: row ", i, " names index ", row, " of ", rows);
-      elements += stop - start;
-    }
+    elements = check_spans(data, count, numel, rows);
   }
 
   // Splits all elements evenly over threads and calls body(start, stop, row) for each piece.
@@ -76,37 +49,11 @@ struct Spans {
   }
 };
 
-struct SourceList {
-  std::vector<const void*> data;
-  Sources view;
-
-  SourceList(const std::vector<Tensor>& sources, int64_t numel, double mean) {
-    STD_TORCH_CHECK(!sources.empty(), "sources: expected at least one tensor");
-    const ScalarType dtype = sources[0].scalar_type();
-    for (const Tensor& s : sources) {
-      check(s, dtype, numel, "sources", "equal for all sources");
-      data.push_back(s.const_data_ptr());
-    }
-    view = {data.data(), static_cast<int>(data.size()), dtype_of(sources[0], "sources"), static_cast<float>(mean)};
-  }
-};
-
 void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Tensor> sources, Tensor spans, Tensor rows,
                   double mean) {
-  const int64_t numel = param.numel();
-  const Dtype dtype = dtype_of(param, "param");
-  check(param, param.scalar_type(), numel, "param", "");
-  check(m, ScalarType::Float, numel, "m", "float32");
-  check(v, ScalarType::Float, numel, "v", "float32");
-  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
-  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kAdamRow &&
-                      rows.is_contiguous(),
-                  "rows: expected a contiguous float32 tensor of shape (n, 8)");
-  const SourceList list(sources, numel, mean);
-  const Spans work(spans, numel, rows.size(0));
-  const AdamTensors t{param.mutable_data_ptr(), rest.mutable_data_ptr(), static_cast<float*>(m.mutable_data_ptr()),
-                      static_cast<float*>(v.mutable_data_ptr()), dtype};
+  const AdamTensors t = check_adam(param, rest, m, v, rows);
+  const SourceList list(sources, param.numel(), mean);
+  const Spans work(spans, param.numel(), rows.size(0));
   const float* hyper = static_cast<const float*>(rows.const_data_ptr());
   work.parallel([&](int64_t start, int64_t stop, int64_t row) {
     AdamRow r;
@@ -125,20 +72,14 @@ void split_range(int64_t numel, const std::function<void(int64_t, int64_t)>& bod
 
 void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumulate) {
   const int64_t numel = out.numel();
-  const Dtype dtype = dtype_of(out, "out");
-  check(out, out.scalar_type(), numel, "out", "");
-  STD_TORCH_CHECK(!accumulate || dtype == Dtype::kFloat, "out: expected float32 to accumulate into");
+  const Dtype dtype = check_reduce(out, accumulate);
   const SourceList list(sources, numel, mean);
   void* to = out.mutable_data_ptr();
   split_range(numel, [&](int64_t a, int64_t b) { kernels().reduce(to, dtype, accumulate, list.view, a, b); });
 }
 
 void square_sum_(Tensor sums, Tensor src, Tensor spans) {
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Long && sums.dim() == 2 && sums.size(1) == kLimbs &&
-                      sums.is_contiguous(),
-                  "sums: expected a contiguous int64 tensor of shape (n, 20)");
-  const Dtype dtype = dtype_of(src, "src");
-  check(src, src.scalar_type(), src.numel(), "src", "");
+  const Dtype dtype = check_square_sum(sums, src);
   const Spans work(spans, src.numel(), sums.size(0));
   int64_t* out = static_cast<int64_t*>(sums.mutable_data_ptr());
   const void* from = src.const_data_ptr();
@@ -159,9 +100,7 @@ void square_sum_(Tensor sums, Tensor src, Tensor spans) {
 }
 
 void exceeds_(Tensor flag, Tensor src, double limit) {
-  check(flag, ScalarType::Long, 1, "flag", "int64");
-  const Dtype dtype = dtype_of(src, "src");
-  check(src, src.scalar_type(), src.numel(), "src", "");
+  const Dtype dtype = check_exceeds(flag, src);
   const void* from = src.const_data_ptr();
   std::mutex mutex;
   bool any = false;
@@ -174,32 +113,19 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
 }
 
 void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
-  STD_TORCH_CHECK(grads.size() == offsets.size(), "offsets: expected ", grads.size(), ", got ", offsets.size());
-  check(out, out.scalar_type(), out.numel(), "out", "");
-  const int64_t width = out.element_size(), numel = out.numel();
-  struct Part {
-    int64_t start, stop;
-    const char* from;
-  };
-  std::vector<Part> parts_of;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].scalar_type() == out.scalar_type(), "grads: expected the dtype of out");
-    STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] + grads[i].numel() <= out.numel(), "grads: item ", i,
-                    " ends outside out");
-    parts_of.push_back({offsets[i], offsets[i] + grads[i].numel(), static_cast<const char*>(grads[i].const_data_ptr())});
-  }
-  std::sort(parts_of.begin(), parts_of.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
+  const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+  const int64_t width = out.element_size();
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  split_range(numel, [&](int64_t from, int64_t stop) {
-    int64_t at = from;  // everything before is written
-    auto next = std::upper_bound(parts_of.begin(), parts_of.end(), from, [](int64_t x, const Part& p) { return x < p.stop; });
-    for (; next != parts_of.end() && next->start < stop; ++next) {
-      const int64_t lo = std::max(next->start, at), hi = std::min(next->stop, stop);
-      if (clear && at < lo) memset(to + at * width, 0, (lo - at) * width);
-      if (lo < hi) memcpy(to + lo * width, next->from + (lo - next->start) * width, (hi - lo) * width);
-      at = std::max(at, hi);
+  split_range(out.numel(), [&](int64_t from, int64_t stop) {
+    auto next = std::upper_bound(parts.begin(), parts.end(), from, [](int64_t x, const Part& p) { return x < p.stop; });
+    for (; next != parts.end() && next->start < stop; ++next) {
+      const int64_t lo = std::max(next->start, from), hi = std::min(next->stop, stop);
+      char* here = to + lo * width;
+      if (next->from == nullptr)
+        memset(here, 0, (hi - lo) * width);
+      else
+        memcpy(here, static_cast<const char*>(next->from) + (lo - next->start) * width, (hi - lo) * width);
     }
-    if (clear && at < stop) memset(to + at * width, 0, (stop - at) * width);
   });
 }
 

@@ -30,6 +30,12 @@ struct AdamTensors {
   Dtype dtype;
 };
 
+// Elements [start, stop) of a packed tensor: a copy of those at `from`, or 0 where that is null.
+struct Part {
+  int64_t start, stop;
+  const void* from;
+};
+
 struct Kernels {
   const char* name;
   // Elements [start, stop) of every tensor.

@@ -254,6 +254,8 @@ def test_bad_arguments_are_refused(isa):
         kernels.reduce_(param.double(), [param.clone()], 1.0, False)
     with pytest.raises(RuntimeError, match="ends outside"):
         kernels.pack_(param, [param.clone()], [1], True)
+    with pytest.raises(RuntimeError, match="overlap at element 8"):
+        kernels.pack_(param, [param[:10].clone(), param[:4].clone()], [0, 8], False)
     with pytest.raises(ValueError, match="instruction set 'sse'"):
         kernels.set_isa("sse")
     with pytest.raises(ValueError, match="at least 1"):

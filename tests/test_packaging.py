@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def wheel(source, out, **env):
         str(out),
         str(source),
     ]
-    subprocess.run(command, check=True, timeout=110, env={**os.environ, **env}, capture_output=True)
+    subprocess.run(command, check=True, timeout=110, env={**os.environ, "ZEROLITE_CUDA": "0", **env}, capture_output=True)
     (path,) = out.glob("*.whl")
     return path
 
@@ -95,5 +96,48 @@ def test_the_source_distribution_is_complete(source, tmp_path):
     )
     (path,) = tmp_path.glob("*.tar.gz")
     names = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True).stdout
-    for name in ("csrc/adam_math.h", "csrc/bindings.cpp", "zerolite/py.typed", "LICENSE", "setup.py"):
+    for name in (
+        "csrc/adam_math.h",
+        "csrc/bindings.cpp",
+        "csrc/cuda/kernels.cu",
+        "csrc/cuda/lanes.h",
+        "zerolite/py.typed",
+        "LICENSE",
+        "setup.py",
+    ):
         assert f"/{name}\n" in names
+
+
+@pytest.fixture
+def build(monkeypatch):
+    spec = importlib.util.spec_from_file_location("zerolite_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv("ZEROLITE_CUDA", raising=False)
+    return module
+
+
+@pytest.mark.parametrize("nvcc,reason", [(None, "no nvcc in CUDA_HOME"), ("/bin/false", "the compiler failed")])
+def test_cuda_kernels_are_left_out_with_one_line_or_demanded(build, nvcc, reason, monkeypatch, capsys, tmp_path):
+    target = tmp_path / "_cuda.so"
+    target.write_text("of an older build")
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert not build.build_cuda(target) and not target.exists()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"CUDA kernels are left out: {reason}" in said
+    monkeypatch.setenv("ZEROLITE_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"ZEROLITE_CUDA=1, but .*{reason}"):
+        build.build_cuda(target)
+    monkeypatch.setenv("ZEROLITE_CUDA", "0")
+    assert not build.build_cuda(target) and capsys.readouterr().err == ""
+    monkeypatch.setenv("ZEROLITE_CUDA", "yes")
+    with pytest.raises(SystemExit, match="expected '0', '1' or 'auto', got 'yes'"):
+        build.build_cuda(target)
+
+
+def test_nvcc_is_found_by_home_first(build, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == str(tmp_path / "bin" / "nvcc")

@@ -1,4 +1,4 @@
-"""Loads the compiled library beside this package, if there is one.
+"""Loads the compiled libraries beside this package, as far as they were built.
 
 `ZEROLITE_KERNELS=reference` leaves it out. `ZEROLITE_ISA=baseline|avx2|avx512` forces an instruction set,
 `ZEROLITE_THREADS` the threads of a rank's kernels.
@@ -17,6 +17,7 @@ from zerolite.kernels import ops as _ops  # schemas first
 log = logging.getLogger("zerolite")
 
 LIBRARY = Path(_ops.__file__).parent / "_native.so"
+CUDA_LIBRARY = LIBRARY.with_name("_cuda.so")
 _loaded = False
 
 
@@ -37,6 +38,25 @@ def _load() -> bool:
             "Install a C++ compiler and reinstall with `pip install --no-build-isolation .`",
             reason,
         )
+        return False
+    return True
+
+
+def _load_cuda() -> bool:
+    """Registers the CUDA kernels. Where it is False, CUDA tensors meet the PyTorch reference, with the same results.
+
+    The question is whether torch was built with CUDA, not whether a device is there: `torch.cuda.is_available()` asks the
+    driver, after which forked workers (data loaders) can no longer use CUDA. Loading the library registers
+    functions and touches no device; they are called with CUDA tensors alone, and so only where there is one.
+    """
+    if os.environ.get("ZEROLITE_KERNELS") == "reference" or torch.version.cuda is None or not CUDA_LIBRARY.exists():
+        return False
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        if os.environ.get("ZEROLITE_KERNELS") == "native":
+            raise
+        log.warning("zerolite: no CUDA kernels (%s); the PyTorch reference is used on GPUs, slower. Reinstall.", error)
         return False
     return True
 
@@ -69,6 +89,7 @@ def threads() -> int:
 
 
 _loaded = _load()
+_load_cuda()
 if _loaded and "ZEROLITE_ISA" in os.environ:
     set_isa(os.environ["ZEROLITE_ISA"])
 if "ZEROLITE_THREADS" in os.environ:

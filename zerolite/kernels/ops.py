@@ -1,6 +1,7 @@
 """Schemas of the `zerolite::` ops, one place, and their default implementation.
 
-All tensors of one call live on one device. Elementwise tensors are 1D, contiguous and of equal length.
+All tensors of one call live on one device, but for `spans` and `rows`: small tables, best on the host, because a CUDA
+call reads them back (and waits) to check them. Elementwise tensors are 1D, contiguous and of equal length.
 An index tensor `spans` is int64 of shape (n, 3): start, stop, and a row of another argument.
 """
 
@@ -55,7 +56,7 @@ def reduce_adam_(
     m, v     float32 moments
     sources  N tensors of one dtype, the same element range of N ranks' gradients; the average is
              rounded to this dtype, as if one device had computed it
-    spans    elements to update and the row that holds their hyper-parameters
+    spans    elements to update, disjoint, and the row that holds their hyper-parameters
     rows     float32 of shape (n, len(ADAM_ROW))
     mean     factor of the sum, 1 / world size
 

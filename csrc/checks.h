@@ -1,0 +1,131 @@
+// Checks of arguments that the CPU and the CUDA bindings share, with one wording.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+
+namespace zerolite {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kHalf;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+  return Dtype::kFloat;
+}
+
+inline void check(const Tensor& t, ScalarType dtype, int64_t numel, const char* name, const char* expected) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", expected);
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == numel, name, ": expected a contiguous tensor of ", numel,
+                  " elements, got ", t.numel());
+}
+
+inline void check_spans_shape(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 2 && t.size(1) == 3 && t.is_contiguous(),
+                  "spans: expected a contiguous int64 tensor of shape (n, 3)");
+}
+
+// Rows (start, stop, index) with 0 <= start <= stop <= numel and 0 <= index < rows. Returns the elements in all.
+inline int64_t check_spans(const int64_t* data, int64_t count, int64_t numel, int64_t rows) {
+  int64_t elements = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = data[3 * i], stop = data[3 * i + 1], row = data[3 * i + 2];
+    STD_TORCH_CHECK(0 <= start && start <= stop && stop <= numel, "spans: row ", i, " is [", start, ", ", stop,
+                    "), outside a tensor of ", numel, " elements");
+    STD_TORCH_CHECK(0 <= row && row < rows, "spans: row ", i, " names index ", row, " of ", rows);
+    elements += stop - start;
+  }
+  return elements;
+}
+
+// The pointers of the tensors to sum, and the view of them that kernels take.
+struct SourceList {
+  std::vector<const void*> data;
+  Sources view;
+
+  SourceList(const std::vector<Tensor>& sources, int64_t numel, double mean) {
+    STD_TORCH_CHECK(!sources.empty(), "sources: expected at least one tensor");
+    const ScalarType dtype = sources[0].scalar_type();
+    for (const Tensor& s : sources) {
+      check(s, dtype, numel, "sources", "equal for all sources");
+      data.push_back(s.const_data_ptr());
+    }
+    view = {data.data(), static_cast<int>(data.size()), dtype_of(sources[0], "sources"), static_cast<float>(mean)};
+  }
+};
+
+inline AdamTensors check_adam(Tensor& param, Tensor& rest, Tensor& m, Tensor& v, const Tensor& rows) {
+  const int64_t numel = param.numel();
+  const Dtype dtype = dtype_of(param, "param");
+  check(param, param.scalar_type(), numel, "param", "");
+  check(m, ScalarType::Float, numel, "m", "float32");
+  check(v, ScalarType::Float, numel, "v", "float32");
+  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
+  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kAdamRow &&
+                      rows.is_contiguous(),
+                  "rows: expected a contiguous float32 tensor of shape (n, 8)");
+  return {param.mutable_data_ptr(), rest.mutable_data_ptr(), static_cast<float*>(m.mutable_data_ptr()),
+          static_cast<float*>(v.mutable_data_ptr()), dtype};
+}
+
+inline Dtype check_reduce(const Tensor& out, bool accumulate) {
+  const Dtype dtype = dtype_of(out, "out");
+  check(out, out.scalar_type(), out.numel(), "out", "");
+  STD_TORCH_CHECK(!accumulate || dtype == Dtype::kFloat, "out: expected float32 to accumulate into");
+  return dtype;
+}
+
+inline Dtype check_square_sum(const Tensor& sums, const Tensor& src) {
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Long && sums.dim() == 2 && sums.size(1) == kLimbs &&
+                      sums.is_contiguous(),
+                  "sums: expected a contiguous int64 tensor of shape (n, 20)");
+  const Dtype dtype = dtype_of(src, "src");
+  check(src, src.scalar_type(), src.numel(), "src", "");
+  return dtype;
+}
+
+inline Dtype check_exceeds(const Tensor& flag, const Tensor& src) {
+  check(flag, ScalarType::Long, 1, "flag", "int64");
+  const Dtype dtype = dtype_of(src, "src");
+  check(src, src.scalar_type(), src.numel(), "src", "");
+  return dtype;
+}
+
+// What `pack_` writes, in the order of `out`; with `clear`, gaps between gradients are parts too.
+inline std::vector<Part> pack_parts(const Tensor& out, const std::vector<Tensor>& grads,
+                                    const std::vector<int64_t>& offsets, bool clear) {
+  STD_TORCH_CHECK(grads.size() == offsets.size(), "offsets: expected ", grads.size(), ", got ", offsets.size());
+  check(out, out.scalar_type(), out.numel(), "out", "");
+  std::vector<Part> parts;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    STD_TORCH_CHECK(grads[i].scalar_type() == out.scalar_type(), "grads: expected the dtype of out");
+    STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] + grads[i].numel() <= out.numel(), "grads: item ", i,
+                    " ends outside out");
+    if (grads[i].numel() > 0) parts.push_back({offsets[i], offsets[i] + grads[i].numel(), grads[i].const_data_ptr()});
+  }
+  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
+  int64_t at = 0;
+  const size_t count = parts.size();
+  for (size_t i = 0; i <= count; ++i) {
+    const int64_t next = i < count ? parts[i].start : out.numel();
+    STD_TORCH_CHECK(at <= next, "grads: two of them overlap at element ", next, " of out");
+    if (clear && at < next) parts.push_back({at, next, nullptr});
+    if (i < count) at = parts[i].stop;
+  }
+  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
+  return parts;
+}
+
+}  // namespace zerolite
