@@ -14,6 +14,7 @@ LAYERS = {
     "plan": 0,
     "host": 1,
     "partition": 1,
+    "buffer": 1,
     "kernels": 1,
     "comm": 2,
     "update": 2,

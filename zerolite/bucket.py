@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zerolite.buffer import zeros
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
@@ -118,7 +119,8 @@ class Bucket:
             self.shard = self.shard.clone()
         self.mine = self.shard if self.plan.states.sharded else self.full
         if low is not None and trained:
-            self.rest = low[start:stop].clone() if self.plan.states.sharded else low
+            part = low[start:stop] if self.plan.states.sharded else low
+            self.rest = zeros(part.numel(), part.dtype, device).copy_(part)
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
         self._show(self.views)
@@ -136,7 +138,7 @@ class Bucket:
     def train(self, rule: Rule, lane: Lane, suspect: Tensor) -> None:
         """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
         if self.rest.numel() == 0 and self.full.dtype != torch.float32:
-            self.rest = torch.zeros(self.mine.numel(), dtype=rest_dtype(self.full.dtype), device=self.mine.device)
+            self.rest = zeros(self.mine.numel(), rest_dtype(self.full.dtype), self.mine.device)
             if self.full.dtype == torch.float16:
                 self.rest.copy_(self.mine)
         self.state = rule.allocate(self.pieces, self.mine.numel(), self.mine.device)

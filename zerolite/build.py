@@ -16,7 +16,7 @@ from zerolite.comm.shared import share_host
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
-from zerolite.host import usable_cores
+from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
 from zerolite.layout import cut
 from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
@@ -265,6 +265,7 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
             _listen(built, entry)
     if schedule is not None and model is not None:
         _follow(built, model, schedule, units, checked.specs)
+    trim_heap()  # the parameters have moved
     return built
 
 

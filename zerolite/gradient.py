@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zerolite.buffer import zeros
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
 from zerolite.kernels import exceeds_, pack_, reduce_
@@ -199,7 +200,7 @@ class Gradients:
     def _room(self, like: Tensor) -> Tensor:
         """Memory for an average."""
         if self.spare is None or self.spare.dtype != like.dtype:
-            self.spare = torch.empty(self.layout.shard, dtype=like.dtype, device=like.device)
+            self.spare = zeros(self.layout.shard, like.dtype, like.device)
         return self.spare
 
     def multiply(self, slot: int, factor: float) -> None:

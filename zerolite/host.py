@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from pathlib import Path
@@ -25,6 +26,13 @@ def _quota(cores: int) -> int:
         return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
     except (OSError, ValueError):
         return cores
+
+
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system, where the C library keeps it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def identity() -> tuple[str, int]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zerolite.buffer import zeros
 from zerolite.kernels import join, reduce_, reduce_adam_, split_
 from zerolite.layout import Piece
 
@@ -92,8 +93,8 @@ class AdamState:
 
     def __init__(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> None:
         self.pieces = pieces
-        self.m = torch.zeros(numel, dtype=torch.float32, device=device)
-        self.v = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.m = zeros(numel, torch.float32, device)
+        self.v = zeros(numel, torch.float32, device)
 
     def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
         rows: dict[tuple[int, int, float], int] = {}
