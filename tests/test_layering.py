@@ -16,6 +16,7 @@ LAYERS = {
     "partition": 1,
     "kernels": 1,
     "comm": 2,
+    "moments": 2,
     "update": 2,
     "gradient": 3,
     "bucket": 3,

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from zerolite.kernels import codec
 
 LIMBS = 20
 _UNIT = 298  # the unit of the fixed point is 2^-298, the square of the smallest subnormal
@@ -30,18 +33,63 @@ def reduce_adam_(
 ) -> None:
     table = rows.tolist()
     for start, stop, row in spans.tolist():
-        grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = table[row]
         here = slice(start, stop)
         p = join(param[here], rest[here])
-        g = average([s[here] for s in sources], mean) * grad_scale
-        g = g + p * l2
-        p = p * decay
-        m1 = m[here] + (g - m[here]) * mix1
-        v1 = v[here] * beta2 + (g * g) * mix2
-        root = v1.double().sqrt().float()
-        p = p - (m1 / (root + eps)) * step_size
-        m[here] = m1
-        v[here] = v1
+        g = average([s[here] for s in sources], mean)
+        p, m[here], v[here] = adam(p, g, m[here], v[here], table[row], exact_root)
+        split_(param[here], rest[here], p)
+
+
+def adam(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: list[float], root: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of float32 tensors by a row of hyper-parameters: the new master, first moment and second moment."""
+    grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = row
+    g = g * grad_scale
+    g = g + p * l2
+    p = p * decay
+    m = m + (g - m) * mix1
+    v = v * beta2 + (g * g) * mix2
+    return p - (m / (root(v) + eps)) * step_size, m, v
+
+
+def exact_root(v: Tensor) -> Tensor:
+    """The correctly rounded square root."""
+    return v.double().sqrt().float()
+
+
+def reduce_adam_moments_(
+    param: Tensor,
+    rest: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scales: Tensor,
+    sources: list[Tensor],
+    spans: Tensor,
+    rows: Tensor,
+    mean: float,
+) -> None:
+    table = rows.tolist()
+    for start, stop, row in spans.tolist():
+        if start % codec.GROUP:
+            raise RuntimeError(f"spans: expected starts at multiples of {codec.GROUP}, got {start}")
+        here = slice(start, stop)
+        groups = slice(start // codec.GROUP, -(-stop // codec.GROUP))
+        *hyper, step = table[row]
+        p = join(param[here], rest[here])
+        g = average([s[here] for s in sources], mean)
+        if m.dtype == torch.bfloat16:
+            p, m1, v1 = adam(p, g, m[here].float(), v[here].float(), hyper, exact_root)
+            dice = codec.dice_of(p, g, step)
+            m[here], v[here] = codec.moment_bf16(m1, dice), codec.square_bf16(v1, dice)
+        else:
+            m0, r0 = codec.decode_groups(codec.padded(m[here]), codec.padded(v[here]), scales[groups])
+            n = stop - start
+            p, m1, v1 = adam(p, g, m0[:n], r0[:n] * r0[:n], hyper, codec.root_of)
+            dice = codec.padded(codec.dice_of(p, g, step))
+            m1, r1 = codec.padded(m1), codec.padded(codec.root_of(v1))
+            codes_m, codes_r, scales[groups] = codec.encode_groups(m1, r1, dice)
+            m[here], v[here] = codes_m[:n], codes_r[:n]
         split_(param[here], rest[here], p)
 
 
