@@ -31,7 +31,7 @@ struct AdamTensors {
   Dtype dtype;
 };
 
-// The same with stored moments: bytes (the second moment as its root) with two scales a group, or bf16.
+// The same with stored moments: bytes with two scales a group, or bf16.
 struct MomentTensors {
   void* param;
   void* rest;

@@ -23,37 +23,37 @@ ZL_FN void store_master(half* p, float* rest, int64_t i, float x) {
 
 // kGroup elements whose moments have 8 bits: decode, update, find the scales, encode.
 template <class P, class R>
-ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restrict mc, uint8_t* __restrict rc,
+ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restrict mc, uint8_t* __restrict vc,
                       uint8_t* __restrict scales, const float* __restrict g, const MomentRow& row, uint32_t salt) {
-  alignas(64) float p[kGroup], m[kGroup], r[kGroup];
-  alignas(64) uint32_t a[kGroup], b[kGroup];
+  alignas(64) float p[kGroup], m[kGroup];
+  alignas(64) uint32_t a[kGroup], b[kGroup], v[kGroup];
   for (int64_t i = 0; i < kGroup; ++i) a[i] = mc[i];
-  for (int64_t i = 0; i < kGroup; ++i) b[i] = rc[i];
+  for (int64_t i = 0; i < kGroup; ++i) b[i] = vc[i];
   for (int64_t i = 0; i < kGroup; ++i) p[i] = load_master(param, rest, i);
-  const float unit_m = from_units<MomentCode>(scales[0]), unit_r = from_units<RootCode>(scales[1]);
-  uint32_t top_m = 0, top_r = 0;
+  const float unit_m = from_units<MomentCode>(scales[0]), unit_v = from_units<SquareCode>(scales[1]);
+  uint32_t top_m = 0, top_v = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
-    float mi = decode_moment(a[i], unit_m), ri = decode_root(b[i], unit_r), pi = p[i];
-    adam_root(g[i], pi, mi, ri, row.adam, root);
+    float mi = decode_moment(a[i], unit_m), vi = decode_square(b[i], unit_v), pi = p[i];
+    adam(g[i], pi, mi, vi, row.adam, root);
     p[i] = pi;
     m[i] = mi;
-    r[i] = ri;
     a[i] = dice_of(pi, g[i], salt);
-    const uint32_t size_m = as_bits(mi) & 0x7fffffffu, size_r = as_bits(ri);
-    top_m = top_m > size_m ? top_m : size_m;
-    top_r = top_r > size_r ? top_r : size_r;
+    const uint32_t size = as_bits(mi) & 0x7fffffffu, square = as_bits(vi) < kLargest ? as_bits(vi) : kLargest;
+    v[i] = square;
+    top_m = top_m > size ? top_m : size;
+    top_v = top_v > square ? top_v : square;
   }
   scales[0] = scale_of<MomentCode>(top_m);
-  scales[1] = scale_of<RootCode>(top_r);
-  const float in_m = to_units<MomentCode>(scales[0]), in_r = to_units<RootCode>(scales[1]);
+  scales[1] = scale_of<SquareCode>(top_v);
+  const float in_m = to_units<MomentCode>(scales[0]), in_v = to_units<SquareCode>(scales[1]);
   for (int64_t i = 0; i < kGroup; ++i) store_master(param, rest, i, p[i]);
   for (int64_t i = 0; i < kGroup; ++i) {
     const uint32_t dice = a[i];
     a[i] = encode_moment(m[i], in_m, dice);
-    b[i] = encode_root(r[i], in_r, dice);
+    b[i] = encode_square(as_float(v[i]), in_v, dice);
   }
   for (int64_t i = 0; i < kGroup; ++i) mc[i] = static_cast<uint8_t>(a[i]);
-  for (int64_t i = 0; i < kGroup; ++i) rc[i] = static_cast<uint8_t>(b[i]);
+  for (int64_t i = 0; i < kGroup; ++i) vc[i] = static_cast<uint8_t>(b[i]);
 }
 
 // kGroup elements whose moments are bf16.

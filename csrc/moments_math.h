@@ -9,38 +9,27 @@
 
 namespace zerolite {
 
-constexpr uint32_t kLargest = 0x7e800000u;  // 2^126: second moments end here, so that roots stay finite
 constexpr int kGroup = 64;  // elements that share a scale; ALIGN of zerolite/layout.py, so that no cut divides one
+constexpr uint32_t kLargest = 0x7e800000u;  // 2^126: stored second moments end here, so that roundings stay finite
+constexpr int kDropped = 20;                // of 23 fraction bits of binary32, those that codes leave out
+constexpr uint32_t kStep = 1u << kDropped;  // one code, in binary32 patterns
 
-// Magnitudes relative to a group's scale: `bits` bits, of which `fraction` bits are those below the leading
-// one. Units are chosen so that a code is the middle of a binary32 pattern: field f is the binade [2^(f+1),
-// 2^(f+2)) units. A scale is a byte, the biased binary32 exponent of the highest binade minus kLowest.
-template <int bits, int fraction, int lowest>
+// Magnitudes relative to a group's scale: 3 fraction bits under an exponent field. Units are chosen so that a
+// code is the middle of a binary32 pattern: field f is the binade [2^(f+1), 2^(f+2)) units. A scale is a byte,
+// the biased binary32 exponent of the group's highest binade minus kLowest, below which subnormals would begin.
+template <int fields>
 struct Minifloat {
-  static constexpr int kFields = (1 << (bits - fraction)) - 1;  // the highest field
-  static constexpr int kDropped = 23 - fraction;  // fraction bits of binary32 that rounding removes
-  static constexpr uint32_t kStep = 1u << fraction;  // codes of a binade
-  static constexpr uint32_t kMask = (1u << bits) - 1u;
-  static constexpr int32_t kTop = 128 + kFields;  // biased exponent of the highest binade in units
-  static constexpr int32_t kLowest = lowest + kFields + fraction;
+  static constexpr int32_t kTop = 127 + fields;  // biased exponent of the highest binade, in units
+  static constexpr int32_t kLowest = fields + 2;
 };
-
-// First moment: a sign beside 4 exponent and 3 fraction bits; field 0 underflows gradually, in steps of 1/2
-// unit. kLowest keeps what is decoded above the subnormals of binary32.
-#ifndef ZL_MF
-#define ZL_MF 3
-#define ZL_RF 4
-#endif
-using MomentCode = Minifloat<7, ZL_MF, 0>;
-// Root of the second moment: 4 exponent and 4 fraction bits; code 0 is 0, and what is above 0 is at least
-// code 1. kLowest keeps its square above the subnormals of binary32.
-using RootCode = Minifloat<8, ZL_RF, 60>;
+using MomentCode = Minifloat<16>;  // beside a sign; field 0 underflows gradually, in steps of 1/2 unit
+using SquareCode = Minifloat<32>;  // code 0 is 0, and what is above 0 is at least code 1
 
 // The scale of a group whose largest magnitude has the binary32 bits `top`. What would round above the
 // highest code takes the next scale, so no code overflows.
 template <class F>
 ZL_FN uint8_t scale_of(uint32_t top) {
-  const int32_t exponent = static_cast<int32_t>((top + ((1u << F::kDropped) - 1u)) >> 23);
+  const int32_t exponent = static_cast<int32_t>((top + (kStep - 1u)) >> 23);
   return static_cast<uint8_t>(exponent > F::kLowest ? exponent - F::kLowest : 0);
 }
 // Factors between values and units, powers of two.
@@ -53,29 +42,29 @@ ZL_FN float from_units(uint8_t scale) {
   return as_float(static_cast<uint32_t>(127 - F::kTop + F::kLowest + scale) << 23);
 }
 
-// Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value.
+// Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value. The
+// first moment takes the high bits of the dice, the second the low ones.
 ZL_FN uint32_t encode_moment(float m, float units, uint32_t dice) {
   const uint32_t bits = as_bits(m);
   const float y = as_float(bits & 0x7fffffffu) * units;
   const bool low = y < 4.0f;  // field 0; y + 4 has its spacing
   const float z = y + (low ? 4.0f : 0.0f);
-  const uint32_t code = ((as_bits(z) + (dice >> (32 - MomentCode::kDropped))) >> MomentCode::kDropped) - (low ? MomentCode::kStep : 0u);
-  return (code & MomentCode::kMask) | (bits >> 31 << 7);
+  const uint32_t code = ((as_bits(z) + (dice >> (32 - kDropped))) >> kDropped) - (low ? 8u : 0u);
+  return (code & 0x7fu) | (bits >> 31 << 7);
 }
 ZL_FN float decode_moment(uint32_t code, float units) {
-  const uint32_t size = code & MomentCode::kMask;
-  const bool low = size < MomentCode::kStep;
-  const uint32_t bits = (size << MomentCode::kDropped) + (low ? 129u << 23 : 128u << 23);
-  const float y = (as_float(bits) - (low ? 4.0f : 0.0f)) * units;
+  const uint32_t size = code & 0x7fu;
+  const bool low = size < 8u;
+  const float y = (as_float((size << kDropped) + (low ? 129u << 23 : 128u << 23)) - (low ? 4.0f : 0.0f)) * units;
   return as_float(as_bits(y) | (code >> 7 << 31));
 }
-ZL_FN uint32_t encode_root(float r, float units, uint32_t dice) {
-  const uint32_t bits = as_bits(r * units), least = (128u << 23) + (1u << RootCode::kDropped);
-  const uint32_t code = ((bits > least ? bits : least) + (dice << 16 >> (32 - RootCode::kDropped))) >> RootCode::kDropped;
-  return bits == 0 ? 0u : code & RootCode::kMask;
+ZL_FN uint32_t encode_square(float v, float units, uint32_t dice) {
+  const uint32_t bits = as_bits(v * units), least = (128u << 23) + kStep;
+  const uint32_t code = ((bits > least ? bits : least) + (dice << 16 >> (32 - kDropped))) >> kDropped;
+  return bits == 0 ? 0u : code & 0xffu;
 }
-ZL_FN float decode_root(uint32_t code, float units) {
-  const float y = as_float((code << RootCode::kDropped) + (128u << 23)) * units;
+ZL_FN float decode_square(uint32_t code, float units) {
+  const float y = as_float((code << kDropped) + (128u << 23)) * units;
   return code == 0 ? 0.0f : y;
 }
 
@@ -87,24 +76,12 @@ struct MomentRow {
 constexpr int kMomentRow = kAdamRow + 1;
 
 // Dice of one element and update: a hash of its master, its gradient and the step. No position goes in, so
-// they do not depend on how tensors are cut. The first moment takes the high bits, the second the low ones.
+// they do not depend on how tensors are cut.
 ZL_FN uint32_t salt_of(float step) { return as_bits(step) * 0x9e3779b1u; }
 ZL_FN uint32_t dice_of(float p, float g, uint32_t salt) {
   uint32_t h = (as_bits(p) ^ salt) * 0x85ebca6bu;
   h = (h ^ (h >> 15) ^ as_bits(g)) * 0xc2b2ae35u;
   return h ^ (h >> 16);
-}
-
-// `adam` on the root r of the second moment, whose new root it stores: one square root, as there.
-template <class Sqrt>
-ZL_FN void adam_root(float g, float& p, float& m, float& r, const AdamRow& row, Sqrt root) {
-  g = g * row.grad_scale;
-  g = g + row.l2 * p;
-  p = p * row.decay;
-  m = m + (g - m) * row.mix1;
-  const uint32_t v = as_bits((r * r) * row.beta2 + (g * g) * row.mix2);
-  r = root(as_float(v < kLargest ? v : kLargest));
-  p = p - row.step_size * (m / (r + row.eps));
 }
 
 // bf16 of x, rounded up or down by 16 uniform bits so that the expectation is x.

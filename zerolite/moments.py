@@ -88,35 +88,35 @@ class BFloatMoments:
 
 
 class ByteMoments:
-    """A byte for the first moment, a byte for the root of the second, and two scales of a byte for each group."""
+    """A byte for each moment, and two scales of a byte for each group."""
 
     width, group_width = 2, 2
 
     def __init__(self, numel: int, device: torch.device) -> None:
         assert numel % codec.GROUP == 0, "ranges are whole groups"
         self.m = torch.zeros(numel, dtype=torch.uint8, device=device)
-        self.r = torch.zeros(numel, dtype=torch.uint8, device=device)
+        self.v = torch.zeros(numel, dtype=torch.uint8, device=device)
         self.scales = torch.zeros(numel // codec.GROUP, 2, dtype=torch.uint8, device=device)
 
     def update(
         self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
     ) -> None:
         table = torch.tensor(rows, dtype=torch.float32)
-        reduce_adam_moments_(param, rest, self.m, self.r, self.scales, sources, spans, table, mean)
+        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         whole, groups = _whole(part)
-        m, r = codec.decode_groups(self.m[whole], self.r[whole], self.scales[groups])
+        m, v = codec.decode_groups(self.m[whole], self.v[whole], self.scales[groups])
         n = part.stop - part.start
-        return m[:n], r[:n] * r[:n]
+        return m[:n], v[:n]
 
     def write(self, part: slice, m: Tensor, v: Tensor) -> None:
         whole, groups = _whole(part)
-        codes = codec.encode_groups(codec.padded(m), codec.padded(codec.root_of(v)), codec.NEAREST)
-        self.m[whole], self.r[whole], self.scales[groups] = codes
+        codes = codec.encode_groups(codec.padded(m), codec.padded(v), codec.NEAREST)
+        self.m[whole], self.v[whole], self.scales[groups] = codes
 
     def tensors(self) -> list[Tensor]:
-        return [self.m, self.r, self.scales]
+        return [self.m, self.v, self.scales]
 
 
 def _whole(part: slice) -> tuple[slice, slice]:

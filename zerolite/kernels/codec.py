@@ -2,11 +2,11 @@
 
 A group is GROUP elements of one parameter with a scale for each moment. docs/moments.md draws the formats.
 
-    first moment    s eeee fff   1 sign, 4 exponent, 3 fraction bits; field 0 underflows gradually
-    root            eeee ffff    4 exponent, 4 fraction bits; code 0 is 0
-    scales          (groups, 2)  a byte each: the group's highest binade
+    first moment     s eeee fff   1 sign, 4 exponent, 3 fraction bits; field 0 underflows gradually
+    second moment    eeeee fff    5 exponent, 3 fraction bits; code 0 is 0
+    scales           (groups, 2)  a byte each: the group's highest binade
 
-`dice` are 32 uniform bits an element, in int64. Moments take the high bits, roots the low ones.
+`dice` are 32 uniform bits an element, in int64. First moments take the high bits, second moments the low ones.
 """
 
 from __future__ import annotations
@@ -17,49 +17,38 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-LARGEST = 0x7E800000  # bits of 2^126, where second moments end
+NEAREST = 0x80008000  # dice with which codes round to nearest, ties up
+LARGEST = 0x7E800000  # bits of 2^126, where stored second moments end
+DROPPED = 20  # fraction bits of binary32 that codes leave out
 _WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Minifloat:
-    """Magnitudes of `bits` bits with `fraction` fraction bits, relative to a scale."""
+    """Magnitudes with 3 fraction bits under an exponent of `fields` values, relative to a scale."""
 
-    bits: int
-    fraction: int
-    lowest: int
+    fields: int
 
     @property
-    def fields(self) -> int:
-        """The highest exponent field."""
-        return (1 << (self.bits - self.fraction)) - 1
-
-    @property
-    def dropped(self) -> int:
-        """Fraction bits of binary32 that rounding removes."""
-        return 23 - self.fraction
-
-    @property
-    def floor(self) -> int:
+    def lowest(self) -> int:
         """The biased binary32 exponent that scale 0 stands for."""
-        return self.lowest + self.fields + self.fraction
+        return self.fields + 2
 
     def scale(self, top: Tensor) -> Tensor:
         """Scales of groups whose largest magnitudes have these bits."""
-        return (((top + (1 << self.dropped) - 1) >> 23) - self.floor).clamp(min=0)
+        return (((top + (1 << DROPPED) - 1) >> 23) - self.lowest).clamp(min=0)
 
     def to_units(self, scale: Tensor) -> Tensor:
         """The factor from values to units, a power of two."""
-        return _float((255 + self.fields - self.floor - scale.long()) << 23)
+        return _float((254 + self.fields - self.lowest - scale.long()) << 23)
 
     def from_units(self, scale: Tensor) -> Tensor:
         """The factor from units to values, a power of two."""
-        return _float((self.floor - 1 - self.fields + scale.long()) << 23)
+        return _float((self.lowest - self.fields + scale.long()) << 23)
 
 
-MOMENT = Minifloat(7, 3, 0)
-ROOT = Minifloat(8, 4, 60)
-NEAREST = 0x80008000  # dice with which codes round to nearest, ties up
+MOMENT = Minifloat(16)
+SQUARE = Minifloat(32)
 
 
 def encode_moment(m: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
@@ -67,46 +56,46 @@ def encode_moment(m: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
     bits = _bits(m)
     y = _float(bits & 0x7FFFFFFF) * units
     low = (y < 4.0).long()
-    code = _bits(y + 4.0 * low.float()) + (dice >> (32 - MOMENT.dropped))
-    code = (code >> MOMENT.dropped) - (low << MOMENT.fraction)
-    return (code & 127) | (bits >> 31 << 7)
+    code = _bits(y + 4.0 * low.float()) + (dice >> (32 - DROPPED))
+    return (((code >> DROPPED) - 8 * low) & 127) | (bits >> 31 << 7)
 
 
 def decode_moment(code: Tensor, units: Tensor) -> Tensor:
     """float32 values of codes."""
     size = code.long() & 127
-    low = (size < 1 << MOMENT.fraction).long()
-    y = _float((size << MOMENT.dropped) + ((128 + low) << 23)) - 4.0 * low.float()
+    low = (size < 8).long()
+    y = _float((size << DROPPED) + ((128 + low) << 23)) - 4.0 * low.float()
     return _float(_bits(y * units) | (code.long() >> 7 << 31))
 
 
-def encode_root(r: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
+def encode_square(v: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
     """Codes (int64) of float32 values of at least 0."""
-    bits = _bits(r * units)
-    least = (128 << 23) + (1 << ROOT.dropped)
-    code = (bits.clamp(min=least) + ((dice & 0xFFFF) << 16 >> (32 - ROOT.dropped))) >> ROOT.dropped
+    bits = _bits(v * units)
+    least = (128 << 23) + (1 << DROPPED)
+    code = (bits.clamp(min=least) + ((dice & 0xFFFF) << 16 >> (32 - DROPPED))) >> DROPPED
     return torch.where(bits == 0, 0, code & 255)
 
 
-def decode_root(code: Tensor, units: Tensor) -> Tensor:
+def decode_square(code: Tensor, units: Tensor) -> Tensor:
     """float32 values of codes."""
-    y = _float((code.long() << ROOT.dropped) + (128 << 23)) * units
+    y = _float((code.long() << DROPPED) + (128 << 23)) * units
     return torch.where(code == 0, 0.0, y)
 
 
-def encode_groups(m: Tensor, r: Tensor, dice: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 codes of a moment and a root, and their scales; of 1D float32 tensors of whole groups."""
-    size, root = _bits(m).view(-1, GROUP) & 0x7FFFFFFF, _bits(r).view(-1, GROUP)
-    scales = torch.stack([MOMENT.scale(size.amax(1)), ROOT.scale(root.amax(1))], 1).to(torch.uint8)
+def encode_groups(m: Tensor, v: Tensor, dice: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 codes of both moments, and their scales; of 1D float32 tensors of whole groups."""
+    square = _bits(v).clamp(max=LARGEST)
+    top_m, top_v = (bits.view(-1, GROUP).amax(1) for bits in (_bits(m) & 0x7FFFFFFF, square))
+    scales = torch.stack([MOMENT.scale(top_m), SQUARE.scale(top_v)], 1).to(torch.uint8)
     codes_m = encode_moment(m, spread(MOMENT.to_units(scales[:, 0])), dice)
-    codes_r = encode_root(r, spread(ROOT.to_units(scales[:, 1])), dice)
-    return codes_m.to(torch.uint8), codes_r.to(torch.uint8), scales
+    codes_v = encode_square(_float(square), spread(SQUARE.to_units(scales[:, 1])), dice)
+    return codes_m.to(torch.uint8), codes_v.to(torch.uint8), scales
 
 
-def decode_groups(m: Tensor, r: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 moment and root of uint8 codes of whole groups."""
-    unit_m, unit_r = spread(MOMENT.from_units(scales[:, 0])), spread(ROOT.from_units(scales[:, 1]))
-    return decode_moment(m, unit_m), decode_root(r, unit_r)
+def decode_groups(m: Tensor, v: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 moments of uint8 codes of whole groups."""
+    unit_m, unit_v = spread(MOMENT.from_units(scales[:, 0])), spread(SQUARE.from_units(scales[:, 1]))
+    return decode_moment(m, unit_m), decode_square(v, unit_v)
 
 
 def dice_of(p: Tensor, g: Tensor, step: float) -> Tensor:
@@ -127,11 +116,6 @@ def square_bf16(v: Tensor, dice: Tensor | int) -> Tensor:
     bits = _bits(v).clamp(max=LARGEST)
     code = (bits + (dice & 0xFFFF)) >> 16
     return _bf16(torch.maximum(code, (bits > 0).long()))
-
-
-def root_of(v: Tensor) -> Tensor:
-    """The correctly rounded square root of a float32 second moment, which ends at 2^126."""
-    return _float(_bits(v).clamp(max=LARGEST)).double().sqrt().float()
 
 
 def spread(scales: Tensor) -> Tensor:

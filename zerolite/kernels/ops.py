@@ -84,7 +84,7 @@ def reduce_adam_moments_(
 ) -> None:
     """`reduce_adam_` with moments that are stored in fewer bits: decoded, updated and encoded in the same pass.
 
-    m, v     both uint8 (v is the root of the second moment), or both bfloat16; see `codec`
+    m, v     both uint8, or both bfloat16; see `codec`
     scales   uint8 of shape (groups of 64 elements, 2) for uint8 moments; else empty
     spans    starts are multiples of 64; a span that ends inside of a group is followed by zeros in that group
     rows     float32 of shape (n, len(MOMENT_ROW)); the step feeds the rounding

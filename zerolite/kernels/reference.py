@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,13 +35,11 @@ def reduce_adam_(
         here = slice(start, stop)
         p = join(param[here], rest[here])
         g = average([s[here] for s in sources], mean)
-        p, m[here], v[here] = adam(p, g, m[here], v[here], table[row], exact_root)
+        p, m[here], v[here] = adam(p, g, m[here], v[here], table[row])
         split_(param[here], rest[here], p)
 
 
-def adam(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: list[float], root: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """One update of float32 tensors by a row of hyper-parameters: the new master, first moment and second moment."""
     grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = row
     g = g * grad_scale
@@ -50,12 +47,8 @@ def adam(
     p = p * decay
     m = m + (g - m) * mix1
     v = v * beta2 + (g * g) * mix2
-    return p - (m / (root(v) + eps)) * step_size, m, v
-
-
-def exact_root(v: Tensor) -> Tensor:
-    """The correctly rounded square root."""
-    return v.double().sqrt().float()
+    root = v.double().sqrt().float()
+    return p - (m / (root + eps)) * step_size, m, v
 
 
 def reduce_adam_moments_(
@@ -79,17 +72,16 @@ def reduce_adam_moments_(
         p = join(param[here], rest[here])
         g = average([s[here] for s in sources], mean)
         if m.dtype == torch.bfloat16:
-            p, m1, v1 = adam(p, g, m[here].float(), v[here].float(), hyper, exact_root)
+            p, m1, v1 = adam(p, g, m[here].float(), v[here].float(), hyper)
             dice = codec.dice_of(p, g, step)
             m[here], v[here] = codec.moment_bf16(m1, dice), codec.square_bf16(v1, dice)
         else:
-            m0, r0 = codec.decode_groups(codec.padded(m[here]), codec.padded(v[here]), scales[groups])
+            m0, v0 = codec.decode_groups(codec.padded(m[here]), codec.padded(v[here]), scales[groups])
             n = stop - start
-            p, m1, v1 = adam(p, g, m0[:n], r0[:n] * r0[:n], hyper, codec.root_of)
+            p, m1, v1 = adam(p, g, m0[:n], v0[:n], hyper)
             dice = codec.padded(codec.dice_of(p, g, step))
-            m1, r1 = codec.padded(m1), codec.padded(codec.root_of(v1))
-            codes_m, codes_r, scales[groups] = codec.encode_groups(m1, r1, dice)
-            m[here], v[here] = codes_m[:n], codes_r[:n]
+            codes_m, codes_v, scales[groups] = codec.encode_groups(codec.padded(m1), codec.padded(v1), dice)
+            m[here], v[here] = codes_m[:n], codes_v[:n]
         split_(param[here], rest[here], p)
 
 
