@@ -324,7 +324,7 @@ def test_checkpoints_load_at_other_worlds_and_into_torch_and_other_moments(kind)
     assert torch.equal(plain.state[plain_model.norm.weight]["exp_avg_sq"], states["norm.weight"]["exp_avg_sq"])
     exact = make(Run(stage=2), LocalComm())
     steps(*exact, 0, 0, 3)
-    model, optimizer = make(Run(stage=2, moments=kind), LocalComm())
+    _, optimizer = make(Run(stage=2, moments=kind), LocalComm())
     optimizer.load_state_dict(exact[1].state_dict())
     for name, state in optimizer.full_state().items():
         theirs = exact[1].full_state()[name]["exp_avg_sq"]
@@ -338,7 +338,9 @@ def test_moments_of_other_optimizers_are_refused():
     ):
         model = seeded(Net)
         with pytest.raises(ValueError, match=text):
-            zerolite.ZeroOptimizer(kind(model.parameters(), lr=1e-3, **options), model, moments="int8", process_group=LocalComm())
+            zerolite.ZeroOptimizer(
+                kind(model.parameters(), lr=1e-3, **options), model, moments="int8", process_group=LocalComm()
+            )
     with pytest.raises(ValueError, match="moments: expected one of 'fp32', 'bf16', 'int8', got 'int4'"):
         make(Run(moments="int4"), LocalComm())
 
