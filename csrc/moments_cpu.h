@@ -1,7 +1,7 @@
 // CPU loops over moments_math.h: a part of kernels_cpu.cpp, compiled once for each instruction set.
 //
 // Loops are cut where the width of elements changes: a loop over bytes and floats at once is vectorised for
-// the bytes, with four registers a value, and spills.
+// the bytes, with four registers a value, and spills; short loops leave registers for constants.
 #pragma once
 
 #include "kernels.h"
@@ -25,21 +25,23 @@ ZL_FN void store_master(half* p, float* rest, int64_t i, float x) {
 template <class P, class R>
 ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restrict mc, uint8_t* __restrict vc,
                       uint8_t* __restrict scales, const float* __restrict g, const MomentRow& row, uint32_t salt) {
-  alignas(64) float p[kGroup], m[kGroup];
+  alignas(64) float p[kGroup], m[kGroup], s[kGroup];
   alignas(64) uint32_t a[kGroup], b[kGroup], v[kGroup];
   for (int64_t i = 0; i < kGroup; ++i) a[i] = mc[i];
   for (int64_t i = 0; i < kGroup; ++i) b[i] = vc[i];
   for (int64_t i = 0; i < kGroup; ++i) p[i] = load_master(param, rest, i);
   const float unit_m = from_units<MomentCode>(scales[0]), unit_v = from_units<SquareCode>(scales[1]);
+  for (int64_t i = 0; i < kGroup; ++i) {
+    m[i] = decode_moment(a[i], unit_m);
+    s[i] = decode_square(b[i], unit_v);
+  }
+  for (int64_t i = 0; i < kGroup; ++i) adam(g[i], p[i], m[i], s[i], row.adam, root);
   uint32_t top_m = 0, top_v = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
-    float mi = decode_moment(a[i], unit_m), vi = decode_square(b[i], unit_v), pi = p[i];
-    adam(g[i], pi, mi, vi, row.adam, root);
-    p[i] = pi;
-    m[i] = mi;
-    a[i] = dice_of(pi, g[i], salt);
-    const uint32_t size = as_bits(mi) & 0x7fffffffu, square = as_bits(vi) < kLargest ? as_bits(vi) : kLargest;
+    const uint32_t size = as_bits(m[i]) & 0x7fffffffu;
+    const uint32_t square = as_bits(s[i]) < kLargest ? as_bits(s[i]) : kLargest;
     v[i] = square;
+    a[i] = dice_of(p[i], g[i], salt);
     top_m = top_m > size ? top_m : size;
     top_v = top_v > square ? top_v : square;
   }
@@ -47,11 +49,8 @@ ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restri
   scales[1] = scale_of<SquareCode>(top_v);
   const float in_m = to_units<MomentCode>(scales[0]), in_v = to_units<SquareCode>(scales[1]);
   for (int64_t i = 0; i < kGroup; ++i) store_master(param, rest, i, p[i]);
-  for (int64_t i = 0; i < kGroup; ++i) {
-    const uint32_t dice = a[i];
-    a[i] = encode_moment(m[i], in_m, dice);
-    b[i] = encode_square(as_float(v[i]), in_v, dice);
-  }
+  for (int64_t i = 0; i < kGroup; ++i) b[i] = encode_square(as_float(v[i]), in_v, a[i]);
+  for (int64_t i = 0; i < kGroup; ++i) a[i] = encode_moment(m[i], in_m, a[i]);
   for (int64_t i = 0; i < kGroup; ++i) mc[i] = static_cast<uint8_t>(a[i]);
   for (int64_t i = 0; i < kGroup; ++i) vc[i] = static_cast<uint8_t>(b[i]);
 }

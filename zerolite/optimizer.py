@@ -198,7 +198,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """This rank's part of the state by parameter: 1D views of the elements it owns."""
+        """This rank's part of the state by parameter, 1D: views of the elements it owns, of rounded moments copies in fp32."""
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
             for bucket in self._trained:

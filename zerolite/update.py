@@ -43,7 +43,7 @@ class State(Protocol):
         ...
 
     def read(self, piece: int) -> dict[str, Any]:
-        """The state of one piece, under torch's names; tensors are views."""
+        """The state of one piece, under torch's names; tensors are views, or what rounded moments stand for."""
         ...
 
     def write(self, piece: int, values: dict[str, Any]) -> None:
