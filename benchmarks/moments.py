@@ -56,7 +56,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             away = [100 * (ours / theirs - 1) for ours, theirs in zip(curve, curves["fp32", seed], strict=True)]
             bottom.plot(away, color=COLOURS[kind], linewidth=1, alpha=0.8)
     count, parameters = 1 + max(row["seed"] for row in rows), rows[0]["parameters"]
-    top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, {count} seed(s), mean of {LAST} steps", fontsize=10)
+    top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, seeds 0 to {count - 1}, mean of {LAST} steps", fontsize=10)
     top.set_ylabel("loss")
     top.legend(frameon=False)
     bottom.axhline(0, color=COLOURS["fp32"], linewidth=0.8)
