@@ -1,4 +1,4 @@
-"""The host update: averaged bf16 gradients in, exact fp32 master and moments, bf16 parameters out.
+"""The host update: averaged bf16 gradients in, exact fp32 master and moments (or rounded ones), bf16 parameters out.
 
     python benchmarks/update.py [--elements 64e6] [--threads 2] [--rounds 9]
 
@@ -24,20 +24,22 @@ import torch
 
 from zerolite import kernels
 from zerolite.kernels.reference import split_
+from zerolite.moments import MOMENTS
 from zerolite.update import adam_row
 
 GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "maximize": False, "decoupled_weight_decay": True}
 CLIP = 0.7
 
 
-def zerolite_side(n: int, sources: int) -> Callable[[], None]:
-    """Sum of `sources` bf16 gradients, scale, Adam, split master."""
+def zerolite_side(n: int, sources: int, moments: str = "fp32") -> Callable[[], None]:
+    """Sum of `sources` bf16 gradients, scale, Adam with stored moments, split master."""
     param, rest = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
     split_(param, rest, torch.randn(n))
-    m, v = torch.randn(n) * 1e-3, torch.rand(n) * 1e-6
     grads = [(torch.randn(n) * 1e-3).bfloat16() for _ in range(sources)]
-    rows, spans = torch.tensor([adam_row(GROUP, 10, CLIP)], dtype=torch.float32), torch.tensor([[0, n, 0]])
-    return lambda: kernels.reduce_adam_(param, rest, m, v, grads, spans, rows, 1.0 / sources)
+    stored, part = MOMENTS[moments](n, torch.device("cpu")), slice(0, n)
+    stored.write(part, torch.randn(n) * 1e-3, torch.rand(n) * 1e-6)
+    rows, spans = [(*adam_row(GROUP, 10, CLIP), 10.0)], torch.tensor([[0, n, 0]])
+    return lambda: stored.update(param, rest, grads, spans, rows, 1.0 / sources)
 
 
 class Plain:
@@ -90,6 +92,9 @@ BYTES = {
     "zerolite": 26,
     "zerolite, 2 sources": 28,
     "zerolite, 4 sources": 32,
+    "zerolite, bf16 moments": 18,
+    "zerolite, int8 moments": 14,
+    "zerolite, int8 moments, 2 sources": 16,
     "read-modify-write loop, same streams": 26,
     "torch AdamW(fused), whole path": 42,
     "DeepSpeed, whole path": 42,
@@ -103,7 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    n = int(args.elements)
+    n = int(args.elements) // 64 * 64
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     kernels.set_threads(args.threads)
@@ -112,6 +117,9 @@ def main() -> None:
             "zerolite": zerolite_side(n, 1),
             "zerolite, 2 sources": zerolite_side(n, 2),
             "zerolite, 4 sources": zerolite_side(n, 4),
+            "zerolite, bf16 moments": zerolite_side(n, 1, "bf16"),
+            "zerolite, int8 moments": zerolite_side(n, 1, "int8"),
+            "zerolite, int8 moments, 2 sources": zerolite_side(n, 2, "int8"),
             "read-modify-write loop, same streams": ceiling_side(n, args.threads, folder),
             "torch AdamW(fused), whole path": torch_side(n),
             **deepspeed_sides(n),

@@ -28,22 +28,26 @@ struct Spans {
     check_spans_shape(t);
     data = static_cast<const int64_t*>(t.const_data_ptr());
     count = t.size(0);
-    elements = check_spans(data, count, numel, rows);
+    check_spans(data, count, numel, rows);
+    for (int64_t i = 0; i < count; ++i) elements += whole_groups(data[3 * i + 1] - data[3 * i]);
   }
 
-  // Splits all elements evenly over threads and calls body(start, stop, row) for each piece.
+  static int64_t whole_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
+
+  // Splits all elements evenly over threads and calls body(start, stop, row) for each piece; cuts lie at
+  // multiples of kGroup from a row's start.
   template <class Body>
   void parallel(const Body& body) const {
     zerolite::parallel(threads_for(elements), [&](int part, int parts) {
       const int64_t share = (elements + parts - 1) / parts;
-      const int64_t from = std::min(elements, part * ((share + 63) / 64 * 64));
-      const int64_t to = std::min(elements, (part + 1) * ((share + 63) / 64 * 64));
+      const int64_t from = std::min(elements, part * whole_groups(share));
+      const int64_t to = std::min(elements, (part + 1) * whole_groups(share));
       int64_t before = 0;
       for (int64_t i = 0; i < count && before < to; ++i) {
         const int64_t start = data[3 * i], n = data[3 * i + 1] - start;
         const int64_t lo = std::max<int64_t>(from - before, 0), hi = std::min(to - before, n);
         if (lo < hi) body(start + lo, start + hi, data[3 * i + 2]);
-        before += n;
+        before += whole_groups(n);
       }
     });
   }
@@ -59,6 +63,36 @@ void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Ten
     AdamRow r;
     memcpy(&r, hyper + row * kAdamRow, sizeof r);
     kernels().reduce_adam(t, list.view, r, start, stop);
+  });
+}
+
+// `m` and `v` are bytes with `scales`, or bfloat16; rows have one more column, the number of the update.
+void reduce_adam_moments_(Tensor param, Tensor rest, Tensor m, Tensor v, Tensor scales, std::vector<Tensor> sources,
+                          Tensor spans, Tensor rows, double mean) {
+  const int64_t numel = param.numel();
+  const Dtype dtype = dtype_of(param, "param");
+  const bool bytes = m.scalar_type() == ScalarType::Byte;
+  check(param, param.scalar_type(), numel, "param", "");
+  check(m, bytes ? ScalarType::Byte : ScalarType::BFloat16, numel, "m", "uint8 or bfloat16");
+  check(v, m.scalar_type(), numel, "v", "of m");
+  if (bytes) check(scales, ScalarType::Byte, Spans::whole_groups(numel) / kGroup * 2, "scales", "uint8");
+  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
+  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kMomentRow &&
+                      rows.is_contiguous(),
+                  "rows: expected a contiguous float32 tensor of shape (n, 9)");
+  const SourceList list(sources, numel, mean);
+  const Spans work(spans, numel, rows.size(0));
+  for (int64_t i = 0; i < work.count; ++i)
+    STD_TORCH_CHECK(work.data[3 * i] % kGroup == 0, "spans: row ", i, " starts at ", work.data[3 * i],
+                    ", expected a multiple of 64");
+  const MomentTensors t{param.mutable_data_ptr(), rest.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr(),
+                        bytes ? static_cast<uint8_t*>(scales.mutable_data_ptr()) : nullptr, dtype, bytes};
+  const float* hyper = static_cast<const float*>(rows.const_data_ptr());
+  work.parallel([&](int64_t start, int64_t stop, int64_t row) {
+    MomentRow r;
+    memcpy(&r, hyper + row * kMomentRow, sizeof r);
+    kernels().reduce_adam_moments(t, list.view, r, start, stop);
   });
 }
 
@@ -155,6 +189,7 @@ int64_t threads_(int64_t count) {
 
 STABLE_TORCH_LIBRARY_IMPL(zerolite, CPU, m) {
   m.impl("reduce_adam_", TORCH_BOX(&reduce_adam_));
+  m.impl("reduce_adam_moments_", TORCH_BOX(&reduce_adam_moments_));
   m.impl("reduce_", TORCH_BOX(&reduce_));
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "adam_math.h"
+#include "moments_math.h"
 
 namespace zerolite {
 
@@ -36,10 +37,23 @@ struct Part {
   const void* from;
 };
 
+// The same with stored moments: bytes with two scales a group, or bf16.
+struct MomentTensors {
+  void* param;
+  void* rest;
+  void* m;
+  void* v;
+  uint8_t* scales;  // first moment's, second moment's, for each group of kGroup elements; unused by bf16
+  Dtype dtype;
+  bool bytes;
+};
+
 struct Kernels {
   const char* name;
   // Elements [start, stop) of every tensor.
   void (*reduce_adam)(const AdamTensors&, const Sources&, const AdamRow&, int64_t start, int64_t stop);
+  // `start` is a multiple of kGroup.
+  void (*reduce_adam_moments)(const MomentTensors&, const Sources&, const MomentRow&, int64_t start, int64_t stop);
   void (*reduce)(void* out, Dtype out_dtype, bool accumulate, const Sources&, int64_t start, int64_t stop);
   // limbs[kLimbs] += exact sum of squares of elements [start, stop).
   void (*square_sum)(int64_t* limbs, const void* src, Dtype dtype, int64_t start, int64_t stop);

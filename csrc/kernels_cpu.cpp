@@ -15,10 +15,22 @@ constexpr int64_t kBlock = 1024;  // gradients of one block stay in L1 between t
 
 ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 
+}  // namespace
+}  // namespace zerolite
+
+#include "moments_cpu.h"
+
+namespace zerolite {
+namespace {
+
 // g[0, n) = round_to<G>(mean * (source 0 + source 1 + ...)), the averaged gradient as a G holds it.
 template <class G>
 ZL_FN void average(float* __restrict g, const Sources& s, int64_t at, int64_t n) {
   const G* __restrict first = static_cast<const G*>(s.data[0]) + at;
+  if (s.count == 1 && s.mean == 1.0f) {
+    for (int64_t i = 0; i < n; ++i) g[i] = widen(first[i]);
+    return;
+  }
   if (s.count == 1) {
     for (int64_t i = 0; i < n; ++i) g[i] = round_to<G>(widen(first[i]) * s.mean);
     return;
@@ -80,6 +92,18 @@ void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64
       case Dtype::kBFloat16: adam_split(t, g, r, at, n); break;
       case Dtype::kHalf: adam_half(t, g, r, at, n); break;
     }
+  }
+}
+
+void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
+  alignas(64) float g[kBlock];
+  for (int64_t at = start; at < stop; at += kBlock) {
+    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+    average_any(g, s, at, n);
+    if (t.bytes)
+      adam_moments<uint8_t>(t, g, r, at, n);
+    else
+      adam_moments<uint16_t>(t, g, r, at, n);
   }
 }
 
@@ -186,6 +210,6 @@ bool exceeds(const void* src, Dtype dtype, float limit, int64_t start, int64_t s
 
 }  // namespace
 
-const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce, square_sum, exceeds};
+const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce_adam_moments, reduce, square_sum, exceeds};
 
 }  // namespace zerolite

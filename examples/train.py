@@ -58,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", choices=["0", "1", "2", "3", "ddp"], default="2", help="ZeRO stage, or ddp for DistributedDataParallel")
     add("--offload", choices=["states", "all"], help="rest states and gradients, or parameters too, in host memory")
+    add("--moments", choices=["fp32", "bf16", "int8"], default="fp32", help="storage of Adam's two moments")
     add("--model", choices=list(MODELS), default="small", help="default: small, of 11 million parameters")
     add("--data", type=Path, metavar="PATH", help="a text file or a directory of them; default: the standard library's source")
     add("--steps", type=int, default=200, help="steps of the whole learning rate schedule")
@@ -99,6 +100,7 @@ def mistakes(args: argparse.Namespace) -> dict[str, bool]:
         f"--resume: {args.resume} is not a file": args.resume is not None and not args.resume.is_file(),
         "--offload: expected a ZeRO stage with it, got --stage ddp": args.offload is not None and args.stage == "ddp",
         f"--offload all: expected --stage 3 with it, got {args.stage}": args.offload == "all" and args.stage != "3",
+        "--moments: expected a ZeRO stage with it, got --stage ddp": args.moments != "fp32" and args.stage == "ddp",
         "--stage ddp: expected ranks; run torchrun --nproc-per-node 2 examples/train.py --stage ddp": args.stage == "ddp"
         and "WORLD_SIZE" not in os.environ,
     }
@@ -201,7 +203,8 @@ def build(args: argparse.Namespace) -> Parts:
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
     if args.stage != "ddp":
-        optimizer = ZeroOptimizer(optimizer, model, stage=int(args.stage), offload=args.offload, param_dtype=torch.bfloat16)
+        options = {"stage": int(args.stage), "offload": args.offload, "moments": args.moments}
+        optimizer = ZeroOptimizer(optimizer, model, param_dtype=torch.bfloat16, **options)
     warm = max(1, args.steps // 10)
 
     def factor(step: int) -> float:

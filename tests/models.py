@@ -70,6 +70,7 @@ class Run:
     optimizer: type = torch.optim.AdamW
     options: tuple = ()
     no_sync: bool = False
+    moments: str = "fp32"
 
 
 def tokens_for(step: int, micro: int, rank: int, words: int = 31) -> Tensor:
@@ -93,6 +94,7 @@ def make(run: Run, group: Any, model: nn.Module | None = None) -> tuple[nn.Modul
         offload=run.offload,
         param_dtype=run.dtype,
         bucket_mb=run.bucket_mb,
+        moments=run.moments,
         process_group=group,
     )
     return model, optimizer

@@ -17,6 +17,7 @@ LAYERS = {
     "buffer": 1,
     "kernels": 1,
     "comm": 2,
+    "moments": 2,
     "update": 2,
     "gradient": 3,
     "bucket": 3,

@@ -70,7 +70,7 @@ class Built:
         rows = []
         for bucket in self.buckets:
             layout, param, rest, trained = bucket.row
-            rows.append((layout, Widths(param, rest + self.rule.width), trained))
+            rows.append((layout, Widths(param, rest + self.rule.width, self.rule.group_width), trained))
         return with_rows(self.checked.plan, rows)
 
     def check_replaced(self) -> None:
@@ -141,8 +141,6 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
     if hasattr(optimizer, "_built"):
         raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
     plan = make_plan(options["stage"], options["offload"], comm.size)
-    if options["moments"] != "fp32":
-        raise ValueError(f"moments: expected 'fp32', got {options['moments']!r}")
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
@@ -166,7 +164,7 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
                     f"{entry.param.dtype}."
                 )
     limit = max(int(options["bucket_mb"] * 2**20), 1)
-    return Checked(plan, make_rule(optimizer), entries, specs, dtype, limit, device)
+    return Checked(plan, make_rule(optimizer, options["moments"]), entries, specs, dtype, limit, device)
 
 
 def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:

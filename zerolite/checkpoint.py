@@ -183,7 +183,7 @@ def _copy(value: Any) -> Any:
 
 
 def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[str, Any]:
-    """The state of one piece; elements are views, the master a new tensor."""
+    """The state of one piece; elements are views (rounded moments in fp32), the master a new tensor."""
     assert bucket.state is not None
     values = bucket.state.read(number)
     if bucket.state.counted:

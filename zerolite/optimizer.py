@@ -36,7 +36,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         stage: 0 nothing is sharded, 1 optimizer states, 2 gradients too, 3 parameters too.
         offload: None, "states" (states and gradients at rest count as host memory) or "all" (parameters too; stage 3).
         param_dtype: compute dtype, e.g. torch.bfloat16. An fp32 parameter keeps its low bits in the optimizer.
-        moments: storage of Adam's moments, "fp32".
+        moments: storage of Adam's moments, "fp32"; "bf16" and "int8" round them to 2 and 1 bytes each (Adam, AdamW).
         units: module classes that are gathered as one at stage 3; None: children of the outermost ModuleLists and
             Sequentials.
         bucket_mb: size of a bucket in MiB of compute dtype; a parameter is never split between buckets.
@@ -198,7 +198,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """This rank's part of the state by parameter: 1D views of the elements it owns."""
+        """This rank's part of the state by parameter, 1D: views of the elements it owns, of rounded moments copies in fp32."""
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
             for bucket in self._trained:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zerolite.layout import Layout
+from zerolite.layout import ALIGN, Layout
 
 STAGES = (0, 1, 2, 3)
 OFFLOADS = (None, "states", "all")
@@ -30,6 +30,11 @@ class Widths:
 
     param: int
     states: int
+    group: int = 0  # bytes of states beside, for each ALIGN elements (scales)
+
+    def states_of(self, elements: int) -> int:
+        """Bytes of the states of `elements`, a multiple of ALIGN."""
+        return elements * self.states + elements // ALIGN * self.group
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Plan:
             if term == "params":
                 total += elements * width.param
             elif trained:
-                total += elements * (width.param if term == "grads" else width.states)
+                total += elements * width.param if term == "grads" else width.states_of(elements)
         return total
 
     @property

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import zeros
-from zerolite.kernels import join, reduce_, reduce_adam_, split_
+from zerolite.kernels import join, reduce_, split_
 from zerolite.layout import Piece
+from zerolite.moments import MOMENTS, Moments
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class State(Protocol):
         ...
 
     def read(self, piece: int) -> dict[str, Any]:
-        """The state of one piece, under torch's names; tensors are views."""
+        """The state of one piece, under torch's names; tensors are views, or what rounded moments stand for."""
         ...
 
     def write(self, piece: int, values: dict[str, Any]) -> None:
@@ -59,6 +59,7 @@ class Rule(Protocol):
     """How one optimizer class updates."""
 
     width: int  # bytes of state an element, without remainder or master
+    group_width: int  # bytes of state a group of layout.ALIGN elements, beside
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises NotImplementedError for options of a param group that this rule does not have."""
@@ -68,9 +69,11 @@ class Rule(Protocol):
 
 
 class AdamRule:
-    """torch.optim.Adam and AdamW (without amsgrad) on `reduce_adam_`; moments in fp32."""
+    """torch.optim.Adam and AdamW (without amsgrad) on the fused kernels; moments stored as `moments` says."""
 
-    width = 8
+    def __init__(self, moments: str = "fp32") -> None:
+        self.storage = MOMENTS[moments]
+        self.width, self.group_width = self.storage.width, self.storage.group_width
 
     def check(self, group: dict[str, Any]) -> None:
         _check_options("Adam", group)
@@ -80,21 +83,19 @@ class AdamRule:
             )
 
     def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> AdamState:
-        return AdamState(pieces, numel, device)
+        return AdamState(pieces, self.storage(numel, device))
 
 
 class AdamState:
-    """Two fp32 moments for each element of a range."""
+    """Two moments for each element of a range."""
 
     counted = True
     pieces: Sequence[Piece]
-    m: Tensor  # 1D, fp32: exponential average of gradients
-    v: Tensor  # 1D, fp32: exponential average of their squares
+    moments: Moments
 
-    def __init__(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> None:
+    def __init__(self, pieces: Sequence[Piece], moments: Moments) -> None:
         self.pieces = pieces
-        self.m = zeros(numel, torch.float32, device)
-        self.v = zeros(numel, torch.float32, device)
+        self.moments = moments
 
     def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
         rows: dict[tuple[int, int, float], int] = {}
@@ -105,7 +106,7 @@ class AdamState:
             key = (id(target.group), target.steps, target.factor)
             if key not in rows:
                 rows[key] = len(table)
-                table.append(adam_row(target.group, target.steps, target.factor))
+                table.append((*adam_row(target.group, target.steps, target.factor), float(target.steps)))
             row = rows[key]
             if spans and spans[-1][2] == row and target.piece == last + 1:
                 spans[-1][1] = target.stop  # the padding between two neighbours is updated with them: it stays 0
@@ -113,22 +114,21 @@ class AdamState:
                 spans.append([target.start, target.stop, row])
             last = target.piece
         if spans:
-            hyper = torch.tensor(table, dtype=torch.float32)
-            reduce_adam_(param, rest, self.m, self.v, sources, torch.tensor(spans), hyper, mean)
+            self.moments.update(param, rest, sources, torch.tensor(spans), table, mean)
 
     def read(self, piece: int) -> dict[str, Any]:
-        part = _part(self.pieces[piece])
-        return {"exp_avg": self.m[part], "exp_avg_sq": self.v[part]}
+        m, v = self.moments.read(_part(self.pieces[piece]))
+        return {"exp_avg": m, "exp_avg_sq": v}
 
     def write(self, piece: int, values: dict[str, Any]) -> None:
-        for name, tensor in self.read(piece).items():
-            if name in values:
-                tensor.copy_(values[name])
-            else:
-                tensor.zero_()
+        part = _part(self.pieces[piece])
+        device = self.moments.tensors()[0].device
+        none = torch.zeros(part.stop - part.start, device=device)
+        m, v = (values[name].to(device, torch.float32) if name in values else none for name in ("exp_avg", "exp_avg_sq"))
+        self.moments.write(part, m.reshape(-1), v.reshape(-1))
 
     def tensors(self) -> list[Tensor]:
-        return [self.m, self.v]
+        return self.moments.tensors()
 
 
 def adam_row(group: dict[str, Any], steps: int, factor: float) -> tuple[float, ...]:
@@ -151,6 +151,8 @@ def adam_row(group: dict[str, Any], steps: int, factor: float) -> tuple[float, .
 
 class TorchRule:
     """Any other optimizer whose update of an element depends on that element alone: its own `step` on fp32 pieces."""
+
+    group_width = 0
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -204,13 +206,28 @@ class TorchState:
         return [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
 
 
-def make_rule(optimizer: torch.optim.Optimizer) -> Rule:
-    """The rule for an optimizer instance. Raises NotImplementedError where its update is not elementwise."""
+def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32") -> Rule:
+    """The rule for an optimizer instance and a storage of moments.
+
+    Raises NotImplementedError where its update is not elementwise, ValueError where it has no such moments.
+    """
+    if moments not in MOMENTS:
+        raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
     for group in optimizer.param_groups:
         _check_options(type(optimizer).__name__, group)
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not any(g["amsgrad"] for g in optimizer.param_groups):
-        return AdamRule()
+        return AdamRule(moments)
+    if moments != "fp32":
+        raise ValueError(
+            f"moments={moments!r}: expected torch.optim.Adam or AdamW without amsgrad, got {_describe(optimizer)}. "
+            "Use one of them or moments='fp32'."
+        )
     return TorchRule(optimizer)
+
+
+def _describe(optimizer: torch.optim.Optimizer) -> str:
+    name = type(optimizer).__name__
+    return f"{name} with amsgrad" if any(group.get("amsgrad") for group in optimizer.param_groups) else name
 
 
 def _check_options(name: str, group: dict[str, Any]) -> None:

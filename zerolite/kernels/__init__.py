@@ -5,12 +5,25 @@ contain no condition on device or instruction set.
 """
 
 from zerolite.kernels.native import kernels_in_use, set_isa, set_threads, threads
-from zerolite.kernels.ops import ADAM_ROW, LIMBS, exceeds_, flag_store_, flag_wait, pack_, reduce_, reduce_adam_, square_sum_
+from zerolite.kernels.ops import (
+    ADAM_ROW,
+    LIMBS,
+    MOMENT_ROW,
+    exceeds_,
+    flag_store_,
+    flag_wait,
+    pack_,
+    reduce_,
+    reduce_adam_,
+    reduce_adam_moments_,
+    square_sum_,
+)
 from zerolite.kernels.reference import join, split_
 
 __all__ = [
     "ADAM_ROW",
     "LIMBS",
+    "MOMENT_ROW",
     "exceeds_",
     "flag_store_",
     "flag_wait",
@@ -19,6 +32,7 @@ __all__ = [
     "pack_",
     "reduce_",
     "reduce_adam_",
+    "reduce_adam_moments_",
     "set_isa",
     "set_threads",
     "split_",

@@ -14,6 +14,8 @@ from zerolite.kernels import reference
 
 #: Columns of `rows` in `reduce_adam_`, in the order of `AdamRow` in csrc/adam_math.h.
 ADAM_ROW = ("grad_scale", "l2", "decay", "mix1", "beta2", "mix2", "eps", "step_size")
+#: Columns of `rows` in `reduce_adam_moments_`, in the order of `MomentRow` in csrc/moments_math.h.
+MOMENT_ROW = (*ADAM_ROW, "step")
 #: int64 words of one exact sum of squares: 19 limbs of 32 bits in units of 2^-298, then the non-finite count.
 LIMBS = reference.LIMBS
 
@@ -21,6 +23,10 @@ _library = torch.library.Library("zerolite", "DEF")
 _library.define(
     "reduce_adam_(Tensor(a!) param, Tensor(b!) rest, Tensor(c!) m, Tensor(d!) v, Tensor[] sources, "
     "Tensor spans, Tensor rows, float mean) -> ()"
+)
+_library.define(
+    "reduce_adam_moments_(Tensor(a!) param, Tensor(b!) rest, Tensor(c!) m, Tensor(d!) v, Tensor(e!) scales, "
+    "Tensor[] sources, Tensor spans, Tensor rows, float mean) -> ()"
 )
 _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
 _library.define("square_sum_(Tensor(a!) sums, Tensor src, Tensor spans) -> ()")
@@ -34,7 +40,7 @@ _library.define("threads(int count) -> int")
 
 _library.impl("flag_store_", reference.flag_store_, "CompositeExplicitAutograd")
 _library.impl("flag_wait", reference.flag_wait, "CompositeExplicitAutograd")
-for _name in ("reduce_adam_", "reduce_", "square_sum_", "exceeds_", "pack_"):
+for _name in ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "exceeds_", "pack_"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zerolite::{_name}", lambda *_: None, lib=_library)
 
@@ -64,6 +70,29 @@ def reduce_adam_(
     Loshchilov & Hutter 2019, algorithm 2.
     """
     torch.ops.zerolite.reduce_adam_(param, rest, m, v, sources, spans, rows, mean)
+
+
+def reduce_adam_moments_(
+    param: Tensor,
+    rest: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scales: Tensor,
+    sources: list[Tensor],
+    spans: Tensor,
+    rows: Tensor,
+    mean: float,
+) -> None:
+    """`reduce_adam_` with moments that are stored in fewer bits: decoded, updated and encoded in the same pass.
+
+    m, v     both uint8, or both bfloat16; see `codec`
+    scales   uint8 of shape (groups of 64 elements, 2) for uint8 moments; else empty
+    spans    starts are multiples of 64; a span that ends inside of a group is followed by zeros in that group
+    rows     float32 of shape (n, len(MOMENT_ROW)); the step feeds the rounding
+
+    Raises RuntimeError where a shape or dtype differs.
+    """
+    torch.ops.zerolite.reduce_adam_moments_(param, rest, m, v, scales, sources, spans, rows, mean)
 
 
 def reduce_(out: Tensor, sources: list[Tensor], mean: float, accumulate: bool) -> None:

@@ -13,6 +13,8 @@ import time
 import torch
 from torch import Tensor
 
+from zerolite.kernels import codec
+
 LIMBS = 20
 _UNIT = 298  # the unit of the fixed point is 2^-298, the square of the smallest subnormal
 
@@ -30,18 +32,56 @@ def reduce_adam_(
 ) -> None:
     table = rows.tolist()
     for start, stop, row in spans.tolist():
-        grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = table[row]
         here = slice(start, stop)
         p = join(param[here], rest[here])
-        g = average([s[here] for s in sources], mean) * grad_scale
-        g = g + p * l2
-        p = p * decay
-        m1 = m[here] + (g - m[here]) * mix1
-        v1 = v[here] * beta2 + (g * g) * mix2
-        root = v1.double().sqrt().float()
-        p = p - (m1 / (root + eps)) * step_size
-        m[here] = m1
-        v[here] = v1
+        g = average([s[here] for s in sources], mean)
+        p, m[here], v[here] = adam(p, g, m[here], v[here], table[row])
+        split_(param[here], rest[here], p)
+
+
+def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of float32 tensors by a row of hyper-parameters: the new master, first moment and second moment."""
+    grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = row
+    g = g * grad_scale
+    g = g + p * l2
+    p = p * decay
+    m = m + (g - m) * mix1
+    v = v * beta2 + (g * g) * mix2
+    root = v.double().sqrt().float()
+    return p - (m / (root + eps)) * step_size, m, v
+
+
+def reduce_adam_moments_(
+    param: Tensor,
+    rest: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scales: Tensor,
+    sources: list[Tensor],
+    spans: Tensor,
+    rows: Tensor,
+    mean: float,
+) -> None:
+    table = rows.tolist()
+    for start, stop, row in spans.tolist():
+        if start % codec.GROUP:
+            raise RuntimeError(f"spans: expected starts at multiples of {codec.GROUP}, got {start}")
+        here = slice(start, stop)
+        groups = slice(start // codec.GROUP, -(-stop // codec.GROUP))
+        *hyper, step = table[row]
+        p = join(param[here], rest[here])
+        g = average([s[here] for s in sources], mean)
+        if m.dtype == torch.bfloat16:
+            p, m1, v1 = adam(p, g, m[here].float(), v[here].float(), hyper)
+            dice = codec.dice_of(p, g, step)
+            m[here], v[here] = codec.moment_bf16(m1, dice), codec.square_bf16(v1, dice)
+        else:
+            m0, v0 = codec.decode_groups(codec.padded(m[here]), codec.padded(v[here]), scales[groups])
+            n = stop - start
+            p, m1, v1 = adam(p, g, m0[:n], v0[:n], hyper)
+            dice = codec.padded(codec.dice_of(p, g, step))
+            codes_m, codes_v, scales[groups] = codec.encode_groups(codec.padded(m1), codec.padded(v1), dice)
+            m[here], v[here] = codes_m[:n], codes_v[:n]
         split_(param[here], rest[here], p)
 
 

@@ -1,0 +1,97 @@
+// Adam with its moments in 8 or 16 bits, written once: CPU loops and CUDA kernels include this file.
+//
+// As in adam_math.h every operation is one IEEE binary32 operation or an integer operation, in the order
+// written, so all instruction sets, PyTorch (zerolite/kernels/codec.py) and CUDA agree in every bit.
+// docs/moments.md draws the formats and says why they are what they are.
+#pragma once
+
+#include "adam_math.h"
+
+namespace zerolite {
+
+constexpr int kGroup = 64;  // elements that share a scale; ALIGN of zerolite/layout.py, so that no cut divides one
+constexpr uint32_t kLargest = 0x7e800000u;  // 2^126: stored second moments end here, so that roundings stay finite
+constexpr int kDropped = 20;                // of 23 fraction bits of binary32, those that codes leave out
+constexpr uint32_t kStep = 1u << kDropped;  // one code, in binary32 patterns
+
+// Magnitudes relative to a group's scale: 3 fraction bits under an exponent field. Units are chosen so that a
+// code is the middle of a binary32 pattern: field f is the binade [2^(f+1), 2^(f+2)) units. A scale is a byte,
+// the biased binary32 exponent of the group's highest binade minus kLowest, below which subnormals would begin.
+template <int fields>
+struct Minifloat {
+  static constexpr int32_t kTop = 127 + fields;  // biased exponent of the highest binade, in units
+  static constexpr int32_t kLowest = fields + 2;
+};
+using MomentCode = Minifloat<16>;  // beside a sign; field 0 underflows gradually, in steps of 1/2 unit
+using SquareCode = Minifloat<32>;  // code 0 is 0, and what is above 0 is at least code 1
+
+// The scale of a group whose largest magnitude has the binary32 bits `top`. What would round above the
+// highest code takes the next scale, so no code overflows.
+template <class F>
+ZL_FN uint8_t scale_of(uint32_t top) {
+  const int32_t exponent = static_cast<int32_t>((top + (kStep - 1u)) >> 23);
+  return static_cast<uint8_t>(exponent > F::kLowest ? exponent - F::kLowest : 0);
+}
+// Factors between values and units, powers of two.
+template <class F>
+ZL_FN float to_units(uint8_t scale) {
+  return as_float(static_cast<uint32_t>(127 + F::kTop - F::kLowest - scale) << 23);
+}
+template <class F>
+ZL_FN float from_units(uint8_t scale) {
+  return as_float(static_cast<uint32_t>(127 - F::kTop + F::kLowest + scale) << 23);
+}
+
+// Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value. The
+// first moment takes the high bits of the dice, the second the low ones.
+ZL_FN uint32_t encode_moment(float m, float units, uint32_t dice) {
+  const uint32_t bits = as_bits(m);
+  const float y = as_float(bits & 0x7fffffffu) * units;
+  const bool low = y < 4.0f;  // field 0; y + 4 has its spacing
+  const float z = y + (low ? 4.0f : 0.0f);
+  const uint32_t code = ((as_bits(z) + (dice >> (32 - kDropped))) >> kDropped) - (low ? 8u : 0u);
+  return (code & 0x7fu) | (bits >> 31 << 7);
+}
+ZL_FN float decode_moment(uint32_t code, float units) {
+  const uint32_t size = code & 0x7fu;
+  const bool low = size < 8u;
+  const float y = (as_float((size << kDropped) + (low ? 129u << 23 : 128u << 23)) - (low ? 4.0f : 0.0f)) * units;
+  return as_float(as_bits(y) | (code >> 7 << 31));
+}
+ZL_FN uint32_t encode_square(float v, float units, uint32_t dice) {
+  const uint32_t bits = as_bits(v * units), least = (128u << 23) + kStep;
+  const uint32_t code = ((bits > least ? bits : least) + (dice << 16 >> (32 - kDropped))) >> kDropped;
+  return bits == 0 ? 0u : code & 0xffu;
+}
+ZL_FN float decode_square(uint32_t code, float units) {
+  const float y = as_float((code << kDropped) + (128u << 23)) * units;
+  return code == 0 ? 0.0f : y;
+}
+
+// The hyper-parameters of a span, and the number of the update.
+struct MomentRow {
+  AdamRow adam;
+  float step;
+};
+constexpr int kMomentRow = kAdamRow + 1;
+
+// Dice of one element and update: a hash of its master, its gradient and the step. No position goes in, so
+// they do not depend on how tensors are cut.
+ZL_FN uint32_t salt_of(float step) { return as_bits(step) * 0x9e3779b1u; }
+ZL_FN uint32_t dice_of(float p, float g, uint32_t salt) {
+  uint32_t h = (as_bits(p) ^ salt) * 0x85ebca6bu;
+  h = (h ^ (h >> 15) ^ as_bits(g)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+// bf16 of x, rounded up or down by 16 uniform bits so that the expectation is x.
+ZL_FN uint32_t dithered(float x, uint32_t dice) { return (as_bits(x) + dice) >> 16; }
+ZL_FN uint32_t moment_bf16(float m, uint32_t dice) { return dithered(m, dice >> 16); }
+// A second moment above 0 stays above 0, and below infinity.
+ZL_FN uint32_t square_bf16(float v, uint32_t dice) {
+  const uint32_t bits = as_bits(v) < kLargest ? as_bits(v) : kLargest;
+  const uint32_t code = dithered(as_float(bits), dice & 0xffffu), least = bits == 0 ? 0u : 1u;
+  return code > least ? code : least;
+}
+
+}  // namespace zerolite

@@ -1,0 +1,129 @@
+"""How Adam's two moments are stored: fp32, bf16, or a byte each with scales a group of 64 elements."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer import zeros
+from zerolite.kernels import codec, reduce_adam_, reduce_adam_moments_
+
+
+class Moments(Protocol):
+    """Both moments of one element range of a bucket. The range starts at a group's first element."""
+
+    width: int  # bytes an element
+    group_width: int  # bytes a group of layout.ALIGN elements, beside
+
+    def __init__(self, numel: int, device: torch.device) -> None: ...
+
+    def update(
+        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
+    ) -> None:
+        """One pass of Adam; rows have the columns `kernels.MOMENT_ROW`."""
+        ...
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        """First and second moment of a piece in float32: views, or what is decoded."""
+        ...
+
+    def write(self, part: slice, m: Tensor, v: Tensor) -> None:
+        """Replaces the moments of a piece; what read() gave is stored as it was."""
+        ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+
+class FloatMoments:
+    """float32."""
+
+    width, group_width = 8, 0
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.m = zeros(numel, torch.float32, device)
+        self.v = zeros(numel, torch.float32, device)
+
+    def update(
+        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
+    ) -> None:
+        table = torch.tensor([row[:-1] for row in rows], dtype=torch.float32)
+        reduce_adam_(param, rest, self.m, self.v, sources, spans, table, mean)
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        return self.m[part], self.v[part]
+
+    def write(self, part: slice, m: Tensor, v: Tensor) -> None:
+        self.m[part], self.v[part] = m, v
+
+    def tensors(self) -> list[Tensor]:
+        return [self.m, self.v]
+
+
+class BFloatMoments:
+    """bfloat16, rounded up or down at random by the update (see docs/moments.md)."""
+
+    width, group_width = 4, 0
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.m = zeros(numel, torch.bfloat16, device)
+        self.v = zeros(numel, torch.bfloat16, device)
+        self.scales = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def update(
+        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
+    ) -> None:
+        table = torch.tensor(rows, dtype=torch.float32)
+        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        return self.m[part].float(), self.v[part].float()
+
+    def write(self, part: slice, m: Tensor, v: Tensor) -> None:
+        self.m[part] = codec.moment_bf16(m, codec.NEAREST)
+        self.v[part] = codec.square_bf16(v, codec.NEAREST)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.m, self.v]
+
+
+class ByteMoments:
+    """A byte for each moment, and two scales of a byte for each group."""
+
+    width, group_width = 2, 2
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        assert numel % codec.GROUP == 0, "ranges are whole groups"
+        self.m = zeros(numel, torch.uint8, device)
+        self.v = zeros(numel, torch.uint8, device)
+        self.scales = torch.zeros(numel // codec.GROUP, 2, dtype=torch.uint8, device=device)
+
+    def update(
+        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
+    ) -> None:
+        table = torch.tensor(rows, dtype=torch.float32)
+        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        whole, groups = _whole(part)
+        m, v = codec.decode_groups(self.m[whole], self.v[whole], self.scales[groups])
+        n = part.stop - part.start
+        return m[:n], v[:n]
+
+    def write(self, part: slice, m: Tensor, v: Tensor) -> None:
+        whole, groups = _whole(part)
+        codes = codec.encode_groups(codec.padded(m), codec.padded(v), codec.NEAREST)
+        self.m[whole], self.v[whole], self.scales[groups] = codes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.m, self.v, self.scales]
+
+
+def _whole(part: slice) -> tuple[slice, slice]:
+    """The elements of the groups that a piece begins with its first element and has for itself, and their groups."""
+    groups = slice(part.start // codec.GROUP, -(-part.stop // codec.GROUP))
+    return slice(groups.start * codec.GROUP, groups.stop * codec.GROUP), groups
+
+
+MOMENTS: dict[str, type[Moments]] = {"fp32": FloatMoments, "bf16": BFloatMoments, "int8": ByteMoments}
