@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -41,6 +44,61 @@ def ratio(a: list[float], b: list[float]) -> float:
     return quantile([x / y for x, y in zip(a, b, strict=True)], 0.5)
 
 
+CACHE = str(Path(tempfile.gettempdir()) / f"zerolite-bench-{os.getuid()}")  # peers compile at their first step
+
+
+def on_ranks(
+    ranks: int, command: list[str], timeout: float, sample: bool = False, env: dict[str, str] | None = None
+) -> dict[str, Any] | str:
+    """Runs `python command --out FILE` once for each rank, one thread each; returns the JSON that rank 0 wrote to FILE.
+
+    sample  also "peak": the largest sum over ranks of PSS, bytes (a page that ranks share counts once)
+
+    Where it fails, the end of the log.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "result.json", Path(folder) / "log"
+        whole = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        whole |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(ranks)}
+        whole |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": CACHE}
+        whole |= env or {}
+        peak = 0
+        with log.open("w") as file:
+            running = [
+                subprocess.Popen(
+                    [sys.executable, *command, "--out", str(out)],
+                    env={**whole, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=file,
+                )
+                for rank in range(ranks)
+            ]
+            deadline = time.monotonic() + timeout
+            while any(rank.poll() is None for rank in running):
+                if sample:
+                    peak = max(peak, pss([rank.pid for rank in running]))
+                if time.monotonic() > deadline or any(rank.poll() not in (None, 0) for rank in running):
+                    for rank in running:
+                        rank.kill()
+                time.sleep(0.02 if sample else 0.2)
+        if not out.exists():
+            return "\n".join(log.read_text().strip().splitlines()[-3:])
+        return {**json.loads(out.read_text()), **({"peak": peak} if sample else {})}
+
+
+def pss(pids: list[int]) -> int:
+    """Bytes of physical memory of some processes, shared pages once."""
+    total = 0
+    for pid in pids:
+        for line in _lines(f"/proc/{pid}/smaps_rollup"):
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
 def conditions() -> dict[str, Any]:
     """Hardware, versions and commit."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
@@ -52,8 +110,6 @@ def conditions() -> dict[str, Any]:
             versions[name] = None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    import os
-
     return {
         "cpu": model or platform.processor(),
         "cores": os.cpu_count(),

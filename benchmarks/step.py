@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, quantile, store
+from harness import ROOT, on_ranks, quantile, store
 
 PHASES = ("forward", "backward", "update")
 SHAPES = {  # GPT-2 shape: layers, width, heads, vocabulary
@@ -76,55 +72,10 @@ def worker(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def pss(pids: list[int]) -> int:
-    """Bytes of physical memory of some processes, shared pages once."""
-    total = 0
-    for pid in pids:
-        try:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except OSError:
-            continue  # it has ended
-    return total
-
-
 def launch(system: str, args: argparse.Namespace, steps: int, sample: bool) -> dict[str, Any] | str:
     """Runs one system once; returns what rank 0 measured, or why it failed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder) / "result.json", Path(folder) / "log"
-        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.ranks)}
-        env |= {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "LOCAL_WORLD_SIZE": str(args.ranks),
-            "TORCH_EXTENSIONS_DIR": CACHE,
-        }
-        command = [sys.executable, __file__, "--worker", system, "--steps", str(steps), "--model", args.model]
-        command += ["--out", str(out), "--warmup", str(args.warmup)]
-        peak = 0
-        with log.open("w") as file:
-            ranks = [
-                subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=file, stderr=file)
-                for r in range(args.ranks)
-            ]
-            deadline = time.monotonic() + args.timeout
-            while any(rank.poll() is None for rank in ranks):
-                if sample:
-                    peak = max(peak, pss([rank.pid for rank in ranks]))
-                if time.monotonic() > deadline or any(rank.poll() not in (None, 0) for rank in ranks):
-                    for rank in ranks:
-                        rank.kill()
-                time.sleep(0.02 if sample else 0.2)
-        if not out.exists():
-            return "\n".join(log.read_text().strip().splitlines()[-3:])
-        return {**json.loads(out.read_text()), "peak": peak}
-
-
-CACHE = str(Path(tempfile.gettempdir()) / f"zerolite-bench-{os.getuid()}")  # peers compile at their first step
+    command = [__file__, "--worker", system, "--steps", str(steps), "--model", args.model, "--warmup", str(args.warmup)]
+    return on_ranks(args.ranks, command, args.timeout, sample)
 
 
 def measure(systems: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

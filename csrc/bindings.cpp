@@ -112,15 +112,15 @@ void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumula
   split_range(numel, [&](int64_t a, int64_t b) { kernels().reduce(to, dtype, accumulate, list.view, a, b); });
 }
 
-void square_sum_(Tensor sums, Tensor src, Tensor spans) {
-  const Dtype dtype = check_square_sum(sums, src);
-  const Spans work(spans, src.numel(), sums.size(0));
+void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
+  const int64_t numel = check_square_sum(sums, sources);
+  const SourceList list(sources, numel, mean);
+  const Spans work(spans, numel, sums.size(0));
   int64_t* out = static_cast<int64_t*>(sums.mutable_data_ptr());
-  const void* from = src.const_data_ptr();
   std::mutex mutex;
   work.parallel([&](int64_t start, int64_t stop, int64_t row) {
     int64_t part[kLimbs] = {};
-    kernels().square_sum(part, from, dtype, start, stop);
+    kernels().square_sum(part, list.view, start, stop);
     std::lock_guard<std::mutex> lock(mutex);  // integers: the order of threads does not matter
     int64_t* to = out + row * kLimbs;
     int64_t carry = 0;

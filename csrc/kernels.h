@@ -55,8 +55,8 @@ struct Kernels {
   // `start` is a multiple of kGroup.
   void (*reduce_adam_moments)(const MomentTensors&, const Sources&, const MomentRow&, int64_t start, int64_t stop);
   void (*reduce)(void* out, Dtype out_dtype, bool accumulate, const Sources&, int64_t start, int64_t stop);
-  // limbs[kLimbs] += exact sum of squares of elements [start, stop).
-  void (*square_sum)(int64_t* limbs, const void* src, Dtype dtype, int64_t start, int64_t stop);
+  // limbs[kLimbs] += exact sum of squares of the average of elements [start, stop).
+  void (*square_sum)(int64_t* limbs, const Sources&, int64_t start, int64_t stop);
   // True where an element in [start, stop) is NaN or its magnitude is `limit` or more.
   bool (*exceeds)(const void* src, Dtype dtype, float limit, int64_t start, int64_t stop);
 };

@@ -19,6 +19,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 }  // namespace zerolite
 
 #include "moments_cpu.h"
+#include "square_cpu.h"
 
 namespace zerolite {
 namespace {
@@ -131,59 +132,28 @@ void reduce(void* out, Dtype out_dtype, bool accumulate, const Sources& s, int64
   }
 }
 
-// Adds value * 2^shift to the limbs; each limb keeps 32 bits, carries go up.
-void add_shifted(int64_t* limbs, unsigned __int128 value, int shift) {
-  int k = shift / 32;
-  const int low = shift % 32;
-  uint64_t carry = 0;
-  // value < 2^96, so its low part times 2^31 fits 128 bits after one limb is peeled off at a time.
-  uint64_t spill = 0;
-  while (value != 0 || carry != 0 || spill != 0) {
-    const uint64_t word = static_cast<uint32_t>(value);
-    value >>= 32;
-    const uint64_t shifted = (word << low) | spill;
-    spill = shifted >> 32;
-    const uint64_t sum = static_cast<uint64_t>(limbs[k]) + (shifted & 0xffffffffu) + carry;
-    limbs[k] = static_cast<int64_t>(sum & 0xffffffffu);
-    carry = sum >> 32;
-    ++k;
+template <class Add>
+ZL_FN void in_blocks(const Sources& s, int64_t start, int64_t stop, const Add& add) {
+  static_assert(kSquares == kBlock);
+  alignas(64) float g[kBlock];
+  for (int64_t at = start; at < stop; at += kBlock) {
+    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+    average_any(g, s, at, n);
+    const int64_t whole = (n + 2 * kWide - 1) / (2 * kWide) * (2 * kWide);
+    for (int64_t i = n; i < whole; ++i) g[i] = 0;
+    add(g, whole);
   }
 }
 
-template <class T>
-void square_sum_of(int64_t* limbs, const T* src, int64_t start, int64_t stop) {
-  constexpr int kLanes = 4;                // neighbours share exponents: four tables avoid waiting on a store
-  constexpr int64_t kSafe = kLanes << 15;  // 2^15 squares of 48 bits fit 64 bits
-  uint64_t table[kLanes][256];
-  unsigned __int128 total[256];
-  memset(total, 0, sizeof total);
-  for (int64_t at = start; at < stop; at += kSafe) {
-    const int64_t end = stop - at < kSafe ? stop : at + kSafe;
-    memset(table, 0, sizeof table);
-    int64_t i = at;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int k = 0; k < kLanes; ++k) {
-        const uint32_t bits = as_bits(widen(src[i + k]));
-        table[k][square_bin(bits)] += square_of(bits);
-      }
-    for (; i < end; ++i) {
-      const uint32_t bits = as_bits(widen(src[i]));
-      table[0][square_bin(bits)] += square_of(bits);
-    }
-    if (table[0][255] | table[1][255] | table[2][255] | table[3][255])
-      for (int64_t j = at; j < end; ++j) limbs[kLimbs - 1] += square_bin(as_bits(widen(src[j]))) == 255;
-    for (int bin = 0; bin < 255; ++bin)
-      for (int k = 0; k < kLanes; ++k) total[bin] += table[k][bin];
-  }
-  for (int bin = 0; bin < 255; ++bin)
-    if (total[bin] != 0) add_shifted(limbs, total[bin], square_shift(bin));
-}
-
-void square_sum(int64_t* limbs, const void* src, Dtype dtype, int64_t start, int64_t stop) {
-  switch (dtype) {
-    case Dtype::kFloat: return square_sum_of(limbs, static_cast<const float*>(src), start, stop);
-    case Dtype::kBFloat16: return square_sum_of(limbs, static_cast<const bf16*>(src), start, stop);
-    case Dtype::kHalf: return square_sum_of(limbs, static_cast<const half*>(src), start, stop);
+void square_sum(int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
+  if (s.dtype == Dtype::kFloat) {
+    Bins bins;
+    in_blocks(s, start, stop, [&](const float* g, int64_t n) { bins.add(limbs, g, n); });
+    bins.flush(limbs);
+  } else if (s.dtype == Dtype::kBFloat16) {
+    in_blocks(s, start, stop, [&](const float* g, int64_t n) { square_block<bf16>(limbs, g, n); });
+  } else {
+    in_blocks(s, start, stop, [&](const float* g, int64_t n) { square_block<half>(limbs, g, n); });
   }
 }
 

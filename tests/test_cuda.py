@@ -165,8 +165,10 @@ def test_square_sum(n, dtype, scale):
     spans = torch.tensor([[0, n // 3, 1], [n // 3, n // 3, 2], [n // 3, n, 1], [n // 2, n, 0]])
     theirs = torch.ones(3, LIMBS, dtype=torch.int64)
     ours = theirs.cuda()
-    kernels.square_sum_(ours, on_gpu(src, n % 5), spans)
-    reference.square_sum_(theirs, src, spans)
+    kernels.square_sum_(ours, [on_gpu(src, n % 5)], spans, 1.0)
+    reference.square_sum_(theirs, [src], spans, 1.0)
+    kernels.square_sum_(ours, [on_gpu(src, 0), on_gpu(src, 1), on_gpu(src, 0)], spans, 1 / 3)
+    reference.square_sum_(theirs, [src] * 3, spans, 1 / 3)
     assert torch.equal(ours.cpu(), theirs)
 
 
@@ -209,7 +211,7 @@ def test_more_than_2_to_the_31_elements():
     kernels.reduce_(out, [src], 1.0, False)
     flag, sums = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, LIMBS, dtype=torch.int64, device="cuda")
     kernels.exceeds_(flag, out, 3.0)
-    kernels.square_sum_(sums, out, torch.tensor([[2, n, 0]]))
+    kernels.square_sum_(sums, [out], torch.tensor([[2, n, 0]]), 1.0)
     assert flag.item() == 1 and out[-1].item() == 3.0 and reference.square_root(sums[0].tolist()) == 3.0
     kernels.pack_(out, [src[-8:].clone()], [n - 16], False)
     assert out[n - 9].item() == 3.0
@@ -252,7 +254,7 @@ def test_opcheck(name):
     args = {
         "reduce_adam_": (*[t.cuda() for t in adam_tensors(130, torch.float32)], sources, spans, ROWS, 0.5),
         "reduce_": (torch.zeros(130, device="cuda"), sources, 0.5, False),
-        "square_sum_": (torch.zeros(2, LIMBS, dtype=torch.int64, device="cuda"), sources[0], spans),
+        "square_sum_": (torch.zeros(2, LIMBS, dtype=torch.int64, device="cuda"), sources, spans, 0.5),
         "exceeds_": (torch.zeros(1, dtype=torch.int64, device="cuda"), sources[0], 1.0),
         "pack_": (torch.zeros(260, device="cuda"), sources, [0, 130], True),
     }[name]

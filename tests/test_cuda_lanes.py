@@ -170,7 +170,7 @@ def test_reduce(emulated, n, dtype, out, shifts):
 def check_squares(ops, src, spans, rows, by=0):
     ours, theirs = (torch.ones(rows, LIMBS, dtype=torch.int64) for _ in range(2))
     ops.square_sum_(ours, placed(src, by), spans)
-    kernels.square_sum_(theirs, src, spans)
+    kernels.square_sum_(theirs, [src], spans, 1.0)
     assert torch.equal(ours, theirs)
 
 

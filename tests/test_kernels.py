@@ -142,24 +142,39 @@ def test_reduce_is_nearer_to_the_exact_mean_than_one_rounding_a_rank(isa):
 def test_square_sum_is_exact_and_independent_of_the_cut(isa, n, dtype):
     src = wide(n, 8, 8.0 if dtype != torch.float16 else 1.0).to(dtype)
     whole, cut, slow = (torch.zeros(2, LIMBS, dtype=torch.int64) for _ in range(3))
-    kernels.square_sum_(whole, src, torch.tensor([[0, n, 0]]))
+    kernels.square_sum_(whole, [src], torch.tensor([[0, n, 0]]), 1.0)
     kernels.set_threads(2)
     middle = n * 2 // 3
-    kernels.square_sum_(cut, src, torch.tensor([[0, middle, 0], [middle, n, 0]]))
-    reference.square_sum_(slow, src, torch.tensor([[0, n, 0]]))
+    kernels.square_sum_(cut, [src], torch.tensor([[0, middle, 0], [middle, n, 0]]), 1.0)
+    reference.square_sum_(slow, [src], torch.tensor([[0, n, 0]]), 1.0)
     assert torch.equal(whole, cut) and torch.equal(whole, slow) and not whole[1].any()
     exact = math.sqrt(math.fsum(x * x for x in src.double().tolist()))
     assert reference.square_root(whole[0].tolist()) == pytest.approx(exact, rel=1e-15)
 
 
+@pytest.mark.parametrize("n", [7, 1025, 70_003])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_square_sum_of_an_average_over_any_range_of_exponents(isa, n, dtype, spread):
+    sources = [wide(n, seed, spread).to(dtype) for seed in (1, 2, 3)]
+    for source in sources:
+        source[3::97] = 2.0 ** (-149 if dtype == torch.float32 else -24)  # subnormal, or near it
+        source[5::89] = math.nan if n == 1025 else 65504.0 if dtype == torch.float16 else 1.9e19
+    ours, theirs = (torch.full((2, LIMBS), 2**32 - 1, dtype=torch.int64) for _ in range(2))
+    spans = torch.tensor([[0, n, 1], [1, n - 1, 0], [n // 2, n, 1]])
+    kernels.square_sum_(ours, sources, spans, 1 / 3)
+    reference.square_sum_(theirs, sources, spans, 1 / 3)
+    assert torch.equal(ours, theirs)
+
+
 def test_square_sum_of_extremes(isa):
     src = torch.tensor([1e-45, -1e-45, 3.4e38, 3.4e38, 0.0])
     sums = torch.zeros(1, LIMBS, dtype=torch.int64)
-    kernels.square_sum_(sums, src, torch.tensor([[0, 2, 0]]))
+    kernels.square_sum_(sums, [src], torch.tensor([[0, 2, 0]]), 1.0)
     assert reference.square_root(sums[0].tolist()) == pytest.approx(math.sqrt(2) * 2.0**-149, rel=1e-15)
-    kernels.square_sum_(sums, src, torch.tensor([[2, 5, 0]]))
+    kernels.square_sum_(sums, [src], torch.tensor([[2, 5, 0]]), 1.0)
     assert reference.square_root(sums[0].tolist()) == pytest.approx(math.sqrt(2) * float(src[2]), rel=1e-15)
-    kernels.square_sum_(sums, torch.tensor([math.nan, math.inf, 1.0]), torch.tensor([[0, 3, 0]]))
+    kernels.square_sum_(sums, [torch.tensor([math.nan, math.inf, 1.0])], torch.tensor([[0, 3, 0]]), 1.0)
     assert sums[0, -1] == 2 and reference.square_root(sums[0].tolist()) == math.inf
 
 
@@ -224,7 +239,7 @@ def op_samples():
         sources = [wide(n, 1, 1.0).to(dtype), wide(n, 2, 1.0).to(dtype)]
         yield "reduce_adam_", (*adam_tensors(n, dtype), sources, spans, ROWS, 0.5)
         yield "reduce_", (torch.zeros(n, dtype=dtype), sources, 0.5, False)
-        yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources[0], spans)
+        yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources, spans, 0.5)
         yield "exceeds_", (torch.zeros(1, dtype=torch.int64), sources[0], 1.0)
         yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True)
 

@@ -166,6 +166,13 @@ class Gradients:
         self.wide = False
         self.packed = set()
 
+    def peek(self) -> tuple[list[Tensor], float]:
+        """As `sources`, without using them up; no sources where there is no gradient."""
+        if self.flight is not None and self.average is None:
+            return list(self.flight.wait()), self.mean
+        self.finish()
+        return ([] if self.average is None else [self.average]), 1.0
+
     def sources(self) -> tuple[list[Tensor], float]:
         """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
         assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
@@ -204,7 +211,8 @@ class Gradients:
         return self.spare
 
     def multiply(self, slot: int, factor: float) -> None:
-        """Scales what `average` holds of one slot, in fp32 (nothing is in flight)."""
+        """Scales what was averaged of one slot, in fp32."""
+        self.finish()
         if self.average is None:
             return
         self.average, self.spare = self.average.float(), None

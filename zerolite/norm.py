@@ -37,6 +37,7 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
     """Each bucket's average on this rank, and the parts of parameters in it."""
     found = []
     for bucket in reducer.order:
+        grads_of(bucket).finish()
         average = grads_of(bucket).average
         if average is not None:
             pieces = bucket.layout.pieces(*bucket.layout.span(bucket.comm.rank))
@@ -46,10 +47,12 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
 
 def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     sums = torch.zeros(len(entries), LIMBS, dtype=torch.int64, device=reducer.suspect.device)
-    for average, parts in _pieces(reducer):
-        spans = [[piece.offset, piece.offset + piece.stop - piece.start, entry.index] for piece, entry in parts]
-        if spans:
-            square_sum_(sums, average, torch.tensor(spans))
+    for bucket in reducer.order:
+        sources, mean = grads_of(bucket).peek()
+        pieces = bucket.layout.pieces(*bucket.layout.span(bucket.comm.rank))
+        spans = [[p.offset, p.offset + p.stop - p.start, bucket.entries[p.slot].index] for p in pieces]
+        if spans and sources:
+            square_sum_(sums, sources, torch.tensor(spans), mean)
     reducer.comm.sum_(sums, "norm 2")
     return [square_root(row) for row in sums.tolist()]
 

@@ -17,6 +17,7 @@ from zerolite.bucket import Bucket, Entry
 from zerolite.comm import Comm
 from zerolite.comm.ledger import RankError
 from zerolite.gradient import Gradients
+from zerolite.kernels import exceeds_
 from zerolite.plan import Plan
 
 
@@ -119,8 +120,8 @@ class Reducer:
             call()
 
     def flush(self) -> None:
-        """Everything collected goes out, in order, and is averaged: the round of a synchronised backward, then what
-        no_sync() has left, in the order that it has where gradients rest sharded."""
+        """Everything collected goes out, in order, and is averaged where it cannot last as it is: the round of a
+        synchronised backward, then what no_sync() has left, in the order that it has where gradients rest sharded."""
         if self.open:
             self._send()
         if self.local:
@@ -131,7 +132,8 @@ class Reducer:
         for bucket in self.order:
             grads_of(bucket).start()  # averages the earlier round whose memory it needs
         for bucket in self.order:
-            grads_of(bucket).finish()
+            if not grads_of(bucket).lane.lasting:
+                grads_of(bucket).finish()
         self.open = False
 
     def _widen(self) -> None:
@@ -141,7 +143,7 @@ class Reducer:
         self.local, self.open = False, True
 
     def settle(self, what: str) -> None:
-        """Every rank's gradients are averaged (a collective; ranks agree first on whether anything is open)."""
+        """Every rank's gradients have gone out (a collective; ranks agree first on whether anything is open)."""
         state = torch.tensor([int(self.open), int(self.local)])
         self.comm.max_(state, what)
         self.open, self.local = bool(state[0]), bool(state[1])
@@ -209,9 +211,10 @@ class Reducer:
         self.flush()
         bad = torch.zeros(1, dtype=torch.int64, device=self.suspect.device)
         for bucket in self.order:
+            grads_of(bucket).finish()
             average = grads_of(bucket).average
             if average is not None:
-                torch.ops.zerolite.exceeds_(bad, average, float("inf"))
+                exceeds_(bad, average, float("inf"))
         self.comm.max_(bad, "step finite")
         return not bool(bad)
 

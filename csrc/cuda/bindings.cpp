@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
@@ -120,11 +121,18 @@ void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumula
              });
 }
 
-void square_sum_(Tensor sums, Tensor src, Tensor spans) {
+// The average of several sources goes through memory: one pass over slices, beside the update's many.
+void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
   const Call call("square_sum_", sums, "sums");
-  const Dtype dtype = check_square_sum(sums, src);
-  call.here(src, "src");
+  const int64_t numel = check_square_sum(sums, sources);
+  call.here(sources, "sources");
+  const Dtype dtype = SourceList(sources, numel, mean).view.dtype;
   check_spans_shape(spans);
+  Tensor src = sources[0];
+  if (sources.size() > 1 || mean != 1.0) {
+    src = torch::stable::empty_like(sources[0]);
+    reduce_(src, sources, mean, false);
+  }
   const HostTable<int64_t> work(spans, call);
   check_spans(work.data, spans.size(0), src.numel(), sums.size(0));
   run_square_sum(static_cast<int64_t*>(sums.mutable_data_ptr()), src.const_data_ptr(), dtype, work.data, spans.size(0),

@@ -23,6 +23,7 @@ class Lane(Protocol):
     """How one bucket's rounds travel."""
 
     transient: bool  # rounds are averaged as they come; the others stay where they are until the step
+    lasting: bool  # the slices stay readable until done() without memory of their own
     settle: Callable[[], None]  # reads the round in flight; set by whoever exchanges
 
     def take(self, dtype: torch.dtype) -> Tensor:
@@ -46,6 +47,7 @@ class MessageLane:
         self.numel = numel
         self.device = device
         self.transient = transient
+        self.lasting = False
         self.settle: Callable[[], None] = self.done
 
     def take(self, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ class Region:
     def lend(self, lane: SharedLane, dtype: torch.dtype) -> Tensor:
         """This rank's slot, uint8, once every rank has read what it held."""
         if self.holder is not None:
-            if self.holder.open and self.holder is not lane:
+            if self.holder.open:
                 self.holder.settle()
             self.holder.read.wait(self.holder.rounds, _STILL_READ)
         self.holder = lane
@@ -71,6 +71,7 @@ class SharedLane:
         self.numel = numel
         self.region = region
         self.transient = transient
+        self.lasting = not transient
         half = Flags.nbytes(comm.places)
         self.posted = Flags(comm, flags[:half])
         self.read = Flags(comm, flags[half:])

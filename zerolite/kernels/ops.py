@@ -29,7 +29,7 @@ _library.define(
     "Tensor[] sources, Tensor spans, Tensor rows, float mean) -> ()"
 )
 _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
-_library.define("square_sum_(Tensor(a!) sums, Tensor src, Tensor spans) -> ()")
+_library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
 _library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear) -> ()")
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
@@ -100,12 +100,13 @@ def reduce_(out: Tensor, sources: list[Tensor], mean: float, accumulate: bool) -
     torch.ops.zerolite.reduce_(out, sources, mean, accumulate)
 
 
-def square_sum_(sums: Tensor, src: Tensor, spans: Tensor) -> None:
-    """sums[row] += sum of squares of each span of `src`, exactly: the result does not depend on the cut.
+def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
+    """sums[row] += sum of squares of each span of the average of `sources`, exactly: the result does not depend on the cut.
 
-    sums  int64 of shape (n, LIMBS), fixed point; `reference.square_root` reads it
+    sums     int64 of shape (n, LIMBS), fixed point; `reference.square_root` reads it
+    sources  tensors of one dtype, averaged and rounded as by `reduce_`
     """
-    torch.ops.zerolite.square_sum_(sums, src, spans)
+    torch.ops.zerolite.square_sum_(sums, sources, spans, mean)
 
 
 def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:

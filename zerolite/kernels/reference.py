@@ -94,10 +94,11 @@ def reduce_(out: Tensor, sources: list[Tensor], mean: float, accumulate: bool) -
     out.copy_(value)
 
 
-def square_sum_(sums: Tensor, src: Tensor, spans: Tensor) -> None:
+def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
     mask = (1 << 24) - 1
+    src = average(sources, mean)
     for start, stop, row in spans.tolist():
-        bits = src[start:stop].float().view(torch.int32).long() & 0x7FFFFFFF
+        bits = src[start:stop].view(torch.int32).long() & 0x7FFFFFFF
         exponent, fraction = bits >> 23, bits & 0x7FFFFF
         square = torch.where(exponent == 0, fraction, fraction | 0x800000) ** 2
         low = torch.zeros(256, dtype=torch.int64, device=src.device).scatter_add_(0, exponent, square & mask).tolist()
