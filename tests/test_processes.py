@@ -540,3 +540,27 @@ def destroyed(rank):
 
 def test_a_destroyed_group_is_a_clear_error():
     assert on_processes(2, destroyed) == ["RankError"] * 2
+
+
+def train_scattered(rank, runs):
+    import zerolite.plan
+
+    zerolite.plan.SCATTER_RANKS = 2
+    results = [train(None, rank, run) for run in runs]
+    model, optimizer = make(runs[0], None)
+    before = dict(optimizer._parts.comm.ledger.calls)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+    after = optimizer._parts.comm.ledger.calls
+    return results, str(optimizer.plan), after["exchange"] - before.get("exchange", 0)
+
+
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_small_slices_are_reduced_by_the_group_and_the_plan_says_so(env):
+    runs = [Run(stage=stage, dtype=dtype, micro=2, clip=0.5) for stage in (1, 2, 3, 0) for dtype in (None, torch.bfloat16)]
+    found = on_processes(2, train_scattered, runs, env=env)
+    for (results, plan, exchanges), rank in zip(found, (0, 1), strict=True):
+        assert "reduced by the process group" in plan and "smaller than 16 KiB" in plan and exchanges > 0
+        for run, result in zip(runs, results, strict=True):
+            # Two ranks' sums have one order, so here the group's bits are ours; with more ranks they are its own.
+            assert equal(result, on_threads(2, train_on, run)[rank]), run

@@ -12,6 +12,7 @@ from torch import nn
 
 from zerolite.bucket import Bucket, Entry, rest_dtype
 from zerolite.comm import Comm
+from zerolite.comm.lane import LaneSpec
 from zerolite.comm.shared import share_host
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
@@ -315,8 +316,12 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer) -> None:
     if not buckets:
         return
     order = buckets[::-1]
-    numels, dtypes = [bucket.layout.numel for bucket in order], [bucket.full.dtype for bucket in order]
-    lanes = reducer.comm.lanes(numels, dtypes, checked.device, checked.plan.grads.sharded)
+    plan = checked.plan
+    specs = [
+        LaneSpec(b.layout.numel, b.full.dtype, plan.grads.sharded, plan.scatters(b.layout, b.full.element_size()))
+        for b in order
+    ]
+    lanes = reducer.comm.lanes(specs, checked.device)
     for bucket, lane in zip(order, lanes, strict=True):
         bucket.train(checked.rule, lane, reducer.suspect)
     reducer.add(buckets)

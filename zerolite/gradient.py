@@ -66,11 +66,6 @@ class Gradients:
         self.lane.settle = self.finish
         self.clear()
 
-    @property
-    def mean(self) -> float:
-        """Factor from a sum over ranks to the average."""
-        return 1.0 / self.comm.size
-
     def clear(self) -> None:
         """Forgets every gradient."""
         self.lane.done()
@@ -169,7 +164,7 @@ class Gradients:
     def peek(self) -> tuple[list[Tensor], float]:
         """As `sources`, without using them up; no sources where there is no gradient."""
         if self.flight is not None and self.average is None:
-            return list(self.flight.wait()), self.mean
+            return list(self.flight.wait()), self.lane.mean
         self.finish()
         return ([] if self.average is None else [self.average]), 1.0
 
@@ -179,7 +174,7 @@ class Gradients:
         if self.flight is not None and self.average is None:
             sources = list(self.flight.wait())
             self.flight = None
-            return sources, self.mean
+            return sources, self.lane.mean
         self.finish()
         if self.average is None:
             self.average = torch.zeros(self.layout.shard, dtype=self.dtype, device=self.suspect.device)
@@ -192,16 +187,16 @@ class Gradients:
         sources = list(self.flight.wait())
         self.flight = None
         if self.average is None:
-            if len(sources) == 1:
+            if len(sources) == 1 and self.lane.mean == 1.0:
                 self.average = sources[0]
                 return
             self.average = self._room(sources[0])
-            reduce_(self.average, sources, self.mean, False)
+            reduce_(self.average, sources, self.lane.mean, False)
             self.lane.done()
             return
         if self.average.dtype != torch.float32 or len(sources) == 1:
             self.average, self.spare = self.average.to(torch.float32, copy=True), None
-        reduce_(self.average, sources, self.mean, True)
+        reduce_(self.average, sources, self.lane.mean, True)
         self.lane.done()
 
     def _room(self, like: Tensor) -> Tensor:

@@ -16,6 +16,12 @@ OFFLOADS = (None, "states", "all")
 TERMS = ("params", "grads", "states")
 
 
+#: From this many ranks on, a bucket whose slices are smaller than this many bytes is reduced by the group itself: an
+#: exchange sends a message to each rank, and small messages are bound by latency.
+SCATTER_RANKS = 64
+SCATTER_BYTES = 16 << 10
+
+
 @dataclass(frozen=True)
 class Placement:
     """How one kind of tensor rests: cut over ranks or whole, and in which memory ("device" or "host")."""
@@ -69,6 +75,22 @@ class Plan:
         """Bytes at rest of one rank, by term."""
         return {term: self.at_rest(term) for term in TERMS}
 
+    def scatters(self, layout: Layout, width: int) -> bool:
+        """Whether a bucket of `width` bytes an element is reduced by the group's own reduce-scatter instead of an exchange."""
+        return self.size >= SCATTER_RANKS and layout.shard * width < SCATTER_BYTES
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen by size, and why."""
+        small = [layout for layout, width, trained in self.rows if trained and self.scatters(layout, width.param)]
+        if not small:
+            return []
+        return [
+            f"{len(small)} bucket(s) are reduced by the process group (reduce-scatter in fp32): at {self.size} ranks their "
+            f"slices are smaller than {SCATTER_BYTES >> 10} KiB. The group decides the order of their sums; a larger bucket_mb "
+            "avoids it."
+        ]
+
     @property
     def numel(self) -> int:
         """Parameter elements of the whole model that the plan covers, without padding."""
@@ -84,7 +106,7 @@ class Plan:
                 f"{term:8}{'sharded' if placement.sharded else 'whole':>10}{placement.home:>8}{total:>16,}"
                 f"{total / max(self.numel, 1):>13.3f}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self.notes)
 
 
 def make_plan(stage: object, offload: object, size: int) -> Plan:

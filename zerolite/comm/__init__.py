@@ -19,7 +19,7 @@ from torch import Tensor
 from zerolite.comm.ledger import Ledger
 
 if TYPE_CHECKING:
-    from zerolite.comm.lane import Lane
+    from zerolite.comm.lane import Lane, LaneSpec
     from zerolite.comm.shared import Home
 
 
@@ -62,12 +62,8 @@ class Comm(Protocol):
         """Every rank's `value`, in rank order (small picklable control data)."""
         ...
 
-    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
-        """What carries the gradient rounds of buckets, listed in the order in which they go out.
-
-        dtypes     compute dtype of each bucket; a round that holds local fp32 sums is wider
-        transient  rounds are averaged as they come and not kept
-        """
+    def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
+        """What carries the gradient rounds of buckets, listed in the order in which they go out."""
         ...
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zerolite.comm.lane import Lane, message_lanes
+from zerolite.comm.lane import Lane, LaneSpec, MessageLane
 from zerolite.comm.ledger import Ledger, RankError
 
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
 
 # torch 2.13 renamed the tensor collectives; both names are served here and nowhere else.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -121,8 +122,15 @@ class GroupComm:
             raise self.lost(what, error) from error
         return values
 
-    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
-        return message_lanes(self, numels, device, transient)
+    def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
+        kinds = {False: MessageLane, True: ScatterLane}
+        return [kinds[spec.scatter](self, spec, device) for spec in specs]
+
+    def scatter(self, full: Tensor, what: str) -> Waiting:
+        """Reduce-scatter of an fp32 tensor, in the group's own order: the sum of this rank's slice."""
+        self.ledger.enter(what, _bytes(full) * (self.size - 1) // self.size)
+        out = torch.empty(full.numel() // self.size, dtype=full.dtype, device=full.device)
+        return self._start(what, out, lambda: _reduce_scatter(out, full, group=self.group, async_op=True))
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
@@ -178,6 +186,30 @@ class GroupComm:
 
     def _post(self, rank: int) -> str:
         return f"zerolite/{'-'.join(map(str, self.members))}/{rank}"
+
+
+class ScatterLane(MessageLane):
+    """Rounds that the group reduces: summed in fp32, averaged and rounded once to the round's dtype."""
+
+    comm: GroupComm
+
+    def __init__(self, comm: GroupComm, spec: LaneSpec, device: torch.device) -> None:
+        super().__init__(comm, spec, device)
+        self.mean = 1.0
+
+    def exchange(self, full: Tensor, what: str) -> Averaging:
+        return Averaging(self.comm.scatter(full.float(), what), full.dtype)
+
+
+class Averaging:
+    """The average of a reduce-scatter under way; shape (1, numel / size)."""
+
+    def __init__(self, sum_: Waiting, dtype: torch.dtype) -> None:
+        self.sum = sum_
+        self.dtype = dtype
+
+    def wait(self) -> Tensor:
+        return (self.sum.wait() / self.sum.comm.size).to(self.dtype).view(1, -1)
 
 
 def _timeout(group: Any) -> float:

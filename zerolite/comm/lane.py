@@ -11,6 +11,7 @@ is called if an earlier round must be read first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,10 +20,25 @@ from torch import Tensor
 from zerolite.comm import Comm, Pending
 
 
+@dataclass(frozen=True)
+class LaneSpec:
+    """What a lane is to carry: a bucket of `numel` elements in compute dtype (wider where a round holds local fp32 sums).
+
+    transient  rounds are averaged as they come and not kept
+    scatter    the group's own reduce-scatter instead of an exchange (Plan.scatters)
+    """
+
+    numel: int
+    dtype: torch.dtype
+    transient: bool
+    scatter: bool
+
+
 class Lane(Protocol):
     """How one bucket's rounds travel."""
 
     transient: bool  # rounds are averaged as they come; the others stay where they are until the step
+    mean: float  # factor from the sum of an exchange's results to the average over ranks
     lasting: bool  # the slices stay readable until done() without memory of their own
     settle: Callable[[], None]  # reads the round in flight; set by whoever exchanges
 
@@ -42,11 +58,12 @@ class Lane(Protocol):
 class MessageLane:
     """Rounds as messages: a fresh buffer each time, and an all-to-all of slices."""
 
-    def __init__(self, comm: Comm, numel: int, device: torch.device, transient: bool) -> None:
+    def __init__(self, comm: Comm, spec: LaneSpec, device: torch.device) -> None:
         self.comm = comm
-        self.numel = numel
+        self.numel = spec.numel
         self.device = device
-        self.transient = transient
+        self.transient = spec.transient
+        self.mean = 1.0 / comm.size
         self.lasting = False
         self.settle: Callable[[], None] = self.done
 
@@ -60,6 +77,6 @@ class MessageLane:
         """The message is its reader's own."""
 
 
-def message_lanes(comm: Comm, numels: Sequence[int], device: torch.device, transient: bool) -> list[Lane]:
+def message_lanes(comm: Comm, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
     """A lane for each bucket."""
-    return [MessageLane(comm, numel, device, transient) for numel in numels]
+    return [MessageLane(comm, spec, device) for spec in specs]

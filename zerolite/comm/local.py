@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerolite.comm.lane import Lane, message_lanes
+from zerolite.comm.lane import Lane, LaneSpec, message_lanes
 from zerolite.comm.ledger import Ledger
 
 
@@ -54,8 +54,8 @@ class LocalComm:
         self.ledger.enter(what, 0)
         return [value]
 
-    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
-        return message_lanes(self, numels, device, transient)
+    def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
+        return message_lanes(self, specs, device)
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None

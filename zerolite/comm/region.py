@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zerolite.comm import Pending
 from zerolite.comm.flags import Arriving, Flags
-from zerolite.comm.lane import Lane
+from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.ledger import RankError
 from zerolite.comm.segment import PAGE, Segment
 
@@ -71,6 +71,7 @@ class SharedLane:
         self.numel = numel
         self.region = region
         self.transient = transient
+        self.mean = 1.0 / comm.size
         self.lasting = not transient
         half = Flags.nbytes(comm.places)
         self.posted = Flags(comm, flags[:half])
@@ -112,14 +113,15 @@ class SharedLane:
             self.read.raise_to(self.rounds)
 
 
-def shared_lanes(comm: SharedComm, numels: Sequence[int], dtypes: Sequence[torch.dtype], transient: bool) -> list[Lane]:
+def shared_lanes(comm: SharedComm, specs: Sequence[LaneSpec]) -> list[Lane]:
     """Lanes for buckets in the order in which they go out (a collective)."""
+    transient = specs[0].transient
     each = 2 * Flags.nbytes(comm.places)
-    flags = Segment(each * max(len(numels), 1), comm.place, comm.share_here, private=False)
-    count = min(TURNS, len(numels)) if transient else len(numels)
-    sizes = [(numel, numel * dtype.itemsize) for numel, dtype in zip(numels, dtypes, strict=True)]
+    flags = Segment(each * len(specs), comm.place, comm.share_here, private=False)
+    count = min(TURNS, len(specs)) if transient else len(specs)
+    sizes = [(spec.numel, spec.numel * spec.dtype.itemsize) for spec in specs]
     regions = [Region(comm, *(max(column) for column in zip(*sizes[k::count], strict=True))) for k in range(count)]
     return [
-        SharedLane(comm, numel, regions[k % count], flags.shared[k * each : (k + 1) * each], transient)
-        for k, numel in enumerate(numels)
+        SharedLane(comm, spec.numel, regions[k % count], flags.shared[k * each : (k + 1) * each], transient)
+        for k, spec in enumerate(specs)
     ]

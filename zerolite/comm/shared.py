@@ -24,7 +24,7 @@ from torch import Tensor
 from zerolite.comm import Comm, Pending
 from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.group import PATIENCE, GroupComm
-from zerolite.comm.lane import Lane
+from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import shared_lanes
 from zerolite.comm.segment import PAGE, Segment
 from zerolite.kernels import kernels_in_use
@@ -192,8 +192,10 @@ class SharedComm:
 
     # ---- in shared memory
 
-    def lanes(self, numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device, transient: bool) -> list[Lane]:
-        return shared_lanes(self, numels, dtypes, transient)
+    def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
+        near = [spec for spec in specs if not spec.scatter]
+        shared, group = iter(shared_lanes(self, near) if near else []), iter(self.group.lanes(specs, device))
+        return [other if spec.scatter else next(shared) for spec, other in zip(specs, group, strict=True)]
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
         return None if sharded and len(self.hosts) > 1 else Home(self, numel, dtype)
