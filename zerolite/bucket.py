@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Bucket:
     grads: Gradients | None
     views: list[Tensor]  # parameter-shaped views of `full`
     blanks: list[Tensor]  # parameter-shaped NaN, shown while released
+    blank_places: list[int]  # their addresses
     pending: Pending | None  # a gather or publish into `full` under way
     published: Pending | None  # a publish into the shared home under way
     stale: bool  # this process has private pages over the shared home
@@ -123,6 +125,7 @@ class Bucket:
             self.rest = zeros(part.numel(), part.dtype, device).copy_(part)
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
+        self.blank_places = [blank.data_ptr() for blank in self.blanks]
         self._show(self.views)
 
     def _view(self, flat: Tensor, slot: int) -> Tensor:
@@ -149,10 +152,17 @@ class Bucket:
         """The element range that this rank updates."""
         return self.layout.span(self.comm.rank) if self.plan.states.sharded else (0, self.layout.numel)
 
-    @property
+    @cached_property
     def pieces(self) -> list[Piece]:
         """The parts of parameters in the range that this rank updates."""
         return list(self.layout.pieces(*self.span))
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """int64 (n, 3): start, stop and entry of the parts of parameters in this rank's shard."""
+        pieces = self.layout.pieces(*self.layout.span(self.comm.rank))
+        rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in pieces]
+        return torch.tensor(rows, dtype=torch.int64)
 
     @property
     def trained(self) -> bool:
@@ -212,10 +222,19 @@ class Bucket:
         elif not self.plan.params.sharded:
             self.ready()
 
-    def shows(self, entry: Entry) -> bool:
-        """Whether a parameter still uses the memory that this bucket gave it."""
-        tensor = (self.views if self.whole and self.pending is None else self.blanks)[entry.slot]
-        return entry.param.data_ptr() == tensor.data_ptr() and entry.param.dtype == tensor.dtype
+    def replaced(self) -> list[Entry]:
+        """Parameters that no longer use the memory that this bucket gave them."""
+        dtype = self.full.dtype
+        if self.whole and self.pending is None:
+            base, width = self.full.data_ptr(), self.full.element_size()
+            places = [base + slot.offset * width if slot.numel else 0 for slot in self.layout.slots]
+        else:
+            places = self.blank_places
+        return [
+            entry
+            for entry, place in zip(self.entries, places, strict=True)
+            if (p := entry.param).data_ptr() != place or p.dtype is not dtype
+        ]
 
     def written(self) -> list[int]:
         """Slots whose parameter was written in place by someone else since our last write."""

@@ -59,11 +59,19 @@ class Built:
 
     def __post_init__(self) -> None:
         self._slots: list[tuple[dict[str, Any], str, Entry]] = []
+        self._params: set[int] = set()
         known = {entry.param: entry for entry in self.entries}
         for module in self.model.modules() if self.model is not None else []:
             for name, p in module._parameters.items():
                 if p in known:
                     self._slots.append((module._parameters, name, known[p]))
+
+    @property
+    def params(self) -> set[int]:
+        """id of every parameter that has an entry (entries keep them alive)."""
+        if len(self._params) != len(self.entries):
+            self._params = {id(entry.param) for entry in self.entries}
+        return self._params
 
     @property
     def plan(self) -> Plan:
@@ -82,8 +90,8 @@ class Built:
                     f"parameter '{entry.name}': expected the parameter that the optimizer was built with, got another one. "
                     "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
                 )
-        for entry in self.entries:
-            if entry.bucket is not None and not entry.bucket.shows(entry):
+        for bucket in self.buckets:
+            for entry in bucket.replaced():
                 raise RuntimeError(
                     f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
                     "Do this before ZeroOptimizer is built, or write values with p.copy_(...)."

@@ -23,7 +23,7 @@ from zerolite.buffer import zeros
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
 from zerolite.kernels import exceeds_, pack_, reduce_
-from zerolite.layout import Layout
+from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
@@ -38,6 +38,8 @@ class Gradients:
     lane: Lane  # how rounds travel
     dtype: torch.dtype  # compute dtype
     views: list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each slot's parameter
+    flat: list[bool]  # whether a slot's parameter is contiguous
+    pieces: list[Piece]  # parts of parameters in this rank's shard
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
     expected: int  # arrivals that complete a round
     arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet
@@ -60,6 +62,8 @@ class Gradients:
         self.lane = lane
         self.dtype = dtype
         self.views = [(p.shape, p.stride()) for p in like]
+        self.flat = [_is_flat(p.shape, p.stride()) for p in like]
+        self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
         self.expected = len(layout.slots)
         self.average = self.spare = None
@@ -76,10 +80,6 @@ class Gradients:
         if not self.lane.transient:
             self.spare = None
 
-    def holds(self, slot: int) -> bool:
-        """Whether this round already has a gradient in `slot`."""
-        return slot in self.arrived or slot in self.packed
-
     @property
     def complete(self) -> bool:
         """Whether every expected gradient of this round is here."""
@@ -90,11 +90,14 @@ class Gradients:
         """Whether something was collected that has not gone out."""
         return bool(self.arrived or self.packed or self.wide or self.local is not None)
 
-    def put(self, slot: int, grad: Tensor) -> None:
-        """Takes one gradient of this round (shape and dtype of the parameter)."""
+    def put(self, slot: int, grad: Tensor) -> bool:
+        """Takes one gradient of this round (shape and dtype of the parameter); whether the round is complete."""
         self.arrived[slot] = grad
-        if self.complete and not self.lane.transient:
+        if len(self.arrived) + len(self.packed) < self.expected:
+            return False
+        if not self.lane.transient:
             self.pack()
+        return True
 
     def hold(self, slot: int, grad: Tensor) -> None:
         """Adds one gradient to the local fp32 sum."""
@@ -126,12 +129,11 @@ class Gradients:
         plain: list[Tensor] = []
         offsets: list[int] = []
         odd: list[int] = []
+        slots, dtype, plainly = self.layout.slots, self.dtype, not self.wide
         for slot, grad in self.arrived.items():
-            shape, stride = self.views[slot]
-            flat = grad.is_contiguous() and (grad.stride() == stride or _is_flat(shape, stride))
-            if flat and grad.dtype == self.dtype and not self.wide:
+            if plainly and self.flat[slot] and grad.dtype is dtype and grad.is_contiguous():
                 plain.append(grad)
-                offsets.append(self.layout.slots[slot].offset)
+                offsets.append(slots[slot].offset)
             else:
                 odd.append(slot)
         if not self.wide:
@@ -228,8 +230,7 @@ class Gradients:
 
     def _parts(self, slot: int) -> list[Tensor]:
         assert self.average is not None
-        pieces = self.layout.pieces(*self.layout.span(self.comm.rank))
-        return [self.average[p.offset : p.offset + p.stop - p.start] for p in pieces if p.slot == slot]
+        return [self.average[p.offset : p.offset + p.stop - p.start] for p in self.pieces if p.slot == slot]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds gradients now."""

@@ -67,11 +67,12 @@ class Grads:
         """
         if not self.reducer.sync:
             return
-        present = self.reducer.union([entry.param.grad is not None for entry in self.entries], "step backward")
-        late = [e for e in self.entries if present[e.index] and e.handle is None]
+        ours = [entry.param.grad is not None for entry in self.entries]
+        present = self.reducer.union(ours, "step backward")
+        late = [e for e in self.entries if e.handle is None and present[e.index]]
         if late:
             self.adopt(late)
-        for entry in self.entries:
+        for entry in self.entries if late or present is not ours else []:
             if not present[entry.index]:
                 continue
             grad = entry.param.grad
@@ -215,13 +216,15 @@ class Grads:
         self.reducer.reset()
         for entry in self.entries:
             p = entry.param
+            if set_to_none:
+                p.grad = None
             if entry.handle is not None and sys.getrefcount(entry.handle) > 2:
                 self.make_handle(entry)  # someone kept the old one: it stands for the old gradient
             entry.consumed, entry.factor = False, 1.0
             entry.live = False
             if set_to_none:
-                p.grad = None
-            elif isinstance(p.grad, LazyGrad):
+                continue
+            if isinstance(p.grad, LazyGrad):
                 entry.live = True
                 p.grad = entry.handle
             elif p.grad is not None:

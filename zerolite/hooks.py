@@ -32,12 +32,12 @@ class Hooks:
         The hook refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to
         the tensor would keep model and optimizer for ever.
         """
-        method, weak = weakref.WeakMethod(arrive), weakref.ref(entry)
+        owner, call, weak = weakref.ref(arrive.__self__), arrive.__func__, weakref.ref(entry)  # type: ignore[attr-defined]
 
         def hook(param: Tensor) -> None:
-            call, target = method(), weak()
-            if call is not None and target is not None:
-                call(target, param)
+            grads, target = owner(), weak()
+            if grads is not None and target is not None:
+                call(grads, target, param)
 
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 

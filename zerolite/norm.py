@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zerolite.bucket import Entry
 from zerolite.kernels import LIMBS, square_sum_
-from zerolite.kernels.reference import square_root
+from zerolite.kernels.reference import square_roots
 from zerolite.layout import Piece
 from zerolite.reducer import Reducer, grads_of
 
@@ -40,8 +40,7 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
         grads_of(bucket).finish()
         average = grads_of(bucket).average
         if average is not None:
-            pieces = bucket.layout.pieces(*bucket.layout.span(bucket.comm.rank))
-            found.append((average, [(piece, bucket.entries[piece.slot]) for piece in pieces]))
+            found.append((average, [(piece, bucket.entries[piece.slot]) for piece in grads_of(bucket).pieces]))
     return found
 
 
@@ -49,12 +48,10 @@ def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     sums = torch.zeros(len(entries), LIMBS, dtype=torch.int64, device=reducer.suspect.device)
     for bucket in reducer.order:
         sources, mean = grads_of(bucket).peek()
-        pieces = bucket.layout.pieces(*bucket.layout.span(bucket.comm.rank))
-        spans = [[p.offset, p.offset + p.stop - p.start, bucket.entries[p.slot].index] for p in pieces]
-        if spans and sources:
-            square_sum_(sums, sources, torch.tensor(spans), mean)
+        if bucket.spans.numel() and sources:
+            square_sum_(sums, sources, bucket.spans, mean)
     reducer.comm.sum_(sums, "norm 2")
-    return [square_root(row) for row in sums.tolist()]
+    return square_roots(sums)
 
 
 def _extreme_norms(reducer: Reducer, entries: list[Entry], order: float) -> list[float]:

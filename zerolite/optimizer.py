@@ -137,11 +137,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
-        known = {entry.param for entry in self._parts.entries}
+        known = self._parts.params
         for group in self.param_groups:
             self._parts.rule.check(group)
             for p in group["params"]:
-                if p not in known:
+                if id(p) not in known:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(p.shape)} was added to the wrapped optimizer. Call "
                         "add_param_group of the ZeroOptimizer instead."

@@ -81,19 +81,20 @@ class Reducer:
 
     def collect(self, entry: Entry, grad: Tensor) -> None:
         """Takes one parameter's gradient from autograd."""
-        self.enter()
+        if not self.active:
+            self.enter()
         self.version += 1
-        grads = grads_of(entry.bucket)
+        grads = entry.bucket.grads  # type: ignore[union-attr]
+        assert grads is not None
         entry.live = True
         if not self.sync:
             self.local = True
             grads.hold(entry.slot, grad)
             return
         self.open = True
-        if grads.holds(entry.slot):
+        if entry.slot in grads.arrived or entry.slot in grads.packed:
             grads.start()
-        grads.put(entry.slot, grad)
-        if self.plan.grads.sharded and grads.complete:
+        if grads.put(entry.slot, grad) and self.plan.grads.sharded:
             self._advance()
 
     def _advance(self) -> None:
@@ -174,7 +175,8 @@ class Reducer:
         """
         ledger = self.comm.ledger
         digest = ledger.digest
-        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(repr([e.factor for e in entries]).encode())]
+        factors = [(entry.index, entry.factor) for entry in entries if entry.factor != 1.0]
+        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(repr(factors).encode())]
         marks.append(zlib.crc32(bytes(present)))
         for bucket in self.order:
             grads_of(bucket).look()

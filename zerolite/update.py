@@ -10,8 +10,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from zerolite.layout import Piece
 from zerolite.moments import MOMENTS, Moments
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One piece to update: its position in `pieces`, the element range, and what scales it."""
 
     piece: int
@@ -101,18 +99,18 @@ class AdamState:
         rows: dict[tuple[int, int, float], int] = {}
         table: list[tuple[float, ...]] = []
         spans: list[list[int]] = []
-        last = -2  # the piece before this one
-        for target in targets:
-            key = (id(target.group), target.steps, target.factor)
-            if key not in rows:
-                rows[key] = len(table)
-                table.append((*adam_row(target.group, target.steps, target.factor), float(target.steps)))
-            row = rows[key]
-            if spans and spans[-1][2] == row and target.piece == last + 1:
-                spans[-1][1] = target.stop  # the padding between two neighbours is updated with them: it stays 0
+        last, at = -2, -1  # the piece before this one, and its row
+        for piece, start, stop, group, steps, factor in targets:
+            key = (id(group), steps, factor)
+            row = rows.get(key, -1)
+            if row < 0:
+                row = rows[key] = len(table)
+                table.append((*adam_row(group, steps, factor), float(steps)))
+            if piece == last + 1 and row == at:
+                spans[-1][1] = stop  # the padding between two neighbours is updated with them: it stays 0
             else:
-                spans.append([target.start, target.stop, row])
-            last = target.piece
+                spans.append([start, stop, row])
+            last, at = piece, row
         if spans:
             self.moments.update(param, rest, sources, torch.tensor(spans), table, mean)
 

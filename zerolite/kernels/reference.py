@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,15 +157,26 @@ def split_(param: Tensor, rest: Tensor, master: Tensor) -> None:
     param.copy_(master)
 
 
+def square_roots(sums: Tensor) -> list[float]:
+    """The square root of each row of `square_sum_` (limbs may be added over ranks), inf where it is not finite.
+
+    Within 2 units in the last place of binary64, and a function of the exact sum alone: numpy's additions and roots
+    round each element by itself.
+    """
+    limbs = sums.cpu().numpy().copy()
+    for k in range(LIMBS - 2):
+        limbs[:, k + 1] += limbs[:, k] >> 32  # carries of rows that were added
+        limbs[:, k] &= 0xFFFFFFFF
+    total = np.zeros(len(limbs))
+    for k in range(LIMBS - 2, -1, -1):
+        total = total * 2.0**32 + limbs[:, k]
+    roots = np.ldexp(np.sqrt(total), -_UNIT // 2)
+    return np.where(limbs[:, LIMBS - 1] != 0, math.inf, roots).tolist()
+
+
 def square_root(limbs: list[int]) -> float:
-    """The square root of an exact sum (a row of `square_sum_`, limbs added over ranks), inf where it is not finite."""
-    if limbs[LIMBS - 1]:
-        return math.inf
-    total = sum(limb << (32 * k) for k, limb in enumerate(limbs[: LIMBS - 1]))
-    if total == 0:
-        return 0.0
-    # 128 guard bits: isqrt's truncation is far below one unit in the last place of binary64.
-    return math.ldexp(math.isqrt(total << 128), -_UNIT // 2 - 64)
+    """`square_roots` of one row."""
+    return square_roots(torch.tensor([limbs]))[0]
 
 
 def _fp32(x: float) -> float:
