@@ -76,7 +76,8 @@ void moment_blocks(const MomentTask& task, int64_t tiles) {
   std::vector<Lane> lanes(kThreads);
   Butterfly block;
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    memset(static_cast<void*>(lanes.data()), 0xa5, kThreads * sizeof(Lane));  // registers hold anything at first
+    // Registers hold anything at first: a scale of 253, above all that are stored, would make NaNs of zeros.
+    memset(static_cast<void*>(lanes.data()), 253, kThreads * sizeof(Lane));
     for (int thread = kThreads - 1; thread >= 0; --thread) {
       moments_update(lanes[thread], task, entry_of(task.table, tile), tile, thread);
       block.tops[thread] = lanes[thread].tops;

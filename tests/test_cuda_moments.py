@@ -1,6 +1,7 @@
 """The CUDA kernels of stored moments without a GPU, over simulated blocks (see test_cuda_lanes): same bits as on the CPU.
 
-A warp's exchange of maxima is simulated step by step over all threads of a block. Whether a device's lanes meet there is not tested.
+A warp's exchange of maxima is simulated step by step over all threads of a block. That a device's lanes meet there is not
+tested.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ def test_neighbours_of_a_nan_are_those_of_the_cpu(emulated, kind, dtype, bits):
     grad = wide(200, 4, 1.0)
     theirs = lively(200, kind, dtype)
     ours = [t.clone() for t in theirs]
-    for op, tensors, value in ((emulated.reduce_adam_moments_, ours, bits), (kernels.reduce_adam_moments_, theirs, min(bits, 0x7FC00000))):
+    for op, tensors, value in (
+        (emulated.reduce_adam_moments_, ours, bits),
+        (kernels.reduce_adam_moments_, theirs, min(bits, 0x7FC00000)),
+    ):
         grad[77] = torch.tensor([value], dtype=torch.int32).view(torch.float32)
         op(*tensors, [grad], torch.tensor([[0, 200, 0]]), rows_of(3), 1.0)
     others = torch.arange(200) != 77
@@ -140,7 +144,9 @@ def battery(ops: Moments) -> None:
             for n in (65, 2100):
                 check(ops, n, kind, dtype, dtype, 2, short_groups(n))
             check(ops, 200, kind, dtype, dtype, 1, torch.tensor([[0, 200, 0]]), (1, 0))
-    check(ops, 192 * 60, "int8", torch.bfloat16, torch.bfloat16, 1, torch.tensor([[192 * k, 192 * k + 100, 0] for k in range(60)]))
+    check(
+        ops, 192 * 60, "int8", torch.bfloat16, torch.bfloat16, 1, torch.tensor([[192 * k, 192 * k + 100, 0] for k in range(60)])
+    )
     for dtype in DTYPES:
         test_neighbours_of_a_nan_are_those_of_the_cpu(ops, "int8", dtype, 0x7FFFFFFF)
 
@@ -149,12 +155,20 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "a maximum over half a group": ("moments.h", "by = kLanes / 2", "by = kLanes / 4"),
     "a maximum over two groups": ("moments.h", "by = kLanes / 2", "by = kLanes"),
     "a step of the maximum left out": ("moments.h", "by > 0; by /= 2", "by > 1; by /= 2"),
-    "the scales of another group": ("moments.h", "scales = task.t.scales + lane.at.at / kGroup * 2", "scales = task.t.scales + lane.at.at / kGroup"),
+    "the scales of another group": (
+        "moments.h",
+        "task.t.scales + lane.at.at / kGroup * 2",
+        "task.t.scales + lane.at.at / kGroup",
+    ),
     "scales read for one element too many": ("moments.h", "lane.at.hi > 0)", "lane.at.hi >= 0)"),
     "scales written by lanes without elements": ("moments.h", "at.at % kGroup == 0 && at.hi > 0", "at.at % 8 == 0"),
     "a vector across the end": ("moments.h", "lane.at.hi == lane.W", "lane.at.hi > 0"),
-    "misaligned vectors": ("tables.h", "phase == 0 ? 0 : kScattered", "0"),
-    "tiles of another width": ("tables.h", "count, width, kThreads * width, entry", "count, width, kThreads * width * 2, entry"),
+    "misaligned vectors": ("tables.h", "phase == 0 ? 0 : kScattered", "phase == 0 ? 0 : 0"),
+    "tiles of another width": (
+        "tables.h",
+        "count, width, kThreads * width, entry",
+        "count, width, kThreads * width * 2, entry",
+    ),
     "the wrong span": ("tables.h", "e.first = tiles;", "e.first = 0;"),
     "the wrong row": ("tables.h", "spans[3 * i + 2] * kMomentRow", "spans[3 * i + 2] * kAdamRow"),
     "stale registers": ("moments.h", "lane.scales[0] = lane.scales[1] = 0;", ""),
