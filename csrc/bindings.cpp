@@ -32,8 +32,6 @@ struct Spans {
     for (int64_t i = 0; i < count; ++i) elements += whole_groups(data[3 * i + 1] - data[3 * i]);
   }
 
-  static int64_t whole_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
-
   // Splits all elements evenly over threads and calls body(start, stop, row) for each piece; cuts lie at
   // multiples of kGroup from a row's start.
   template <class Body>
@@ -66,28 +64,12 @@ void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Ten
   });
 }
 
-// `m` and `v` are bytes with `scales`, or bfloat16; rows have one more column, the number of the update.
 void reduce_adam_moments_(Tensor param, Tensor rest, Tensor m, Tensor v, Tensor scales, std::vector<Tensor> sources,
                           Tensor spans, Tensor rows, double mean) {
-  const int64_t numel = param.numel();
-  const Dtype dtype = dtype_of(param, "param");
-  const bool bytes = m.scalar_type() == ScalarType::Byte;
-  check(param, param.scalar_type(), numel, "param", "");
-  check(m, bytes ? ScalarType::Byte : ScalarType::BFloat16, numel, "m", "uint8 or bfloat16");
-  check(v, m.scalar_type(), numel, "v", "of m");
-  if (bytes) check(scales, ScalarType::Byte, Spans::whole_groups(numel) / kGroup * 2, "scales", "uint8");
-  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
-  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kMomentRow &&
-                      rows.is_contiguous(),
-                  "rows: expected a contiguous float32 tensor of shape (n, 9)");
-  const SourceList list(sources, numel, mean);
-  const Spans work(spans, numel, rows.size(0));
-  for (int64_t i = 0; i < work.count; ++i)
-    STD_TORCH_CHECK(work.data[3 * i] % kGroup == 0, "spans: row ", i, " starts at ", work.data[3 * i],
-                    ", expected a multiple of 64");
-  const MomentTensors t{param.mutable_data_ptr(), rest.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr(),
-                        bytes ? static_cast<uint8_t*>(scales.mutable_data_ptr()) : nullptr, dtype, bytes};
+  const MomentTensors t = check_moments(param, rest, m, v, scales, rows);
+  const SourceList list(sources, param.numel(), mean);
+  const Spans work(spans, param.numel(), rows.size(0));
+  check_starts(work.data, work.count);
   const float* hyper = static_cast<const float*>(rows.const_data_ptr());
   work.parallel([&](int64_t start, int64_t stop, int64_t row) {
     MomentRow r;

@@ -65,19 +65,50 @@ struct SourceList {
   }
 };
 
+// Elements that groups of stored moments hold for n elements.
+inline int64_t whole_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
+
+inline void check_starts(const int64_t* data, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(data[3 * i] % kGroup == 0, "spans: row ", i, " starts at ", data[3 * i],
+                    ", expected a multiple of 64");
+}
+
+inline void check_rest(const Tensor& rest, Dtype dtype, int64_t numel) {
+  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
+  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
+}
+
 inline AdamTensors check_adam(Tensor& param, Tensor& rest, Tensor& m, Tensor& v, const Tensor& rows) {
   const int64_t numel = param.numel();
   const Dtype dtype = dtype_of(param, "param");
   check(param, param.scalar_type(), numel, "param", "");
   check(m, ScalarType::Float, numel, "m", "float32");
   check(v, ScalarType::Float, numel, "v", "float32");
-  if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
-  if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");
+  check_rest(rest, dtype, numel);
   STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kAdamRow &&
                       rows.is_contiguous(),
                   "rows: expected a contiguous float32 tensor of shape (n, 8)");
   return {param.mutable_data_ptr(), rest.mutable_data_ptr(), static_cast<float*>(m.mutable_data_ptr()),
           static_cast<float*>(v.mutable_data_ptr()), dtype};
+}
+
+// `m` and `v` are bytes with `scales`, or bfloat16; rows have one more column, the number of the update.
+inline MomentTensors check_moments(Tensor& param, Tensor& rest, Tensor& m, Tensor& v, Tensor& scales,
+                                   const Tensor& rows) {
+  const int64_t numel = param.numel();
+  const Dtype dtype = dtype_of(param, "param");
+  const bool bytes = m.scalar_type() == ScalarType::Byte;
+  check(param, param.scalar_type(), numel, "param", "");
+  check(m, bytes ? ScalarType::Byte : ScalarType::BFloat16, numel, "m", "uint8 or bfloat16");
+  check(v, m.scalar_type(), numel, "v", "of m");
+  if (bytes) check(scales, ScalarType::Byte, whole_groups(numel) / kGroup * 2, "scales", "uint8");
+  check_rest(rest, dtype, numel);
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.dim() == 2 && rows.size(1) == kMomentRow &&
+                      rows.is_contiguous(),
+                  "rows: expected a contiguous float32 tensor of shape (n, 9)");
+  return {param.mutable_data_ptr(), rest.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr(),
+          bytes ? static_cast<uint8_t*>(scales.mutable_data_ptr()) : nullptr, dtype, bytes};
 }
 
 inline Dtype check_reduce(const Tensor& out, bool accumulate) {

@@ -60,6 +60,36 @@ void square_blocks(const SquareTask& task, Dtype dtype, int64_t tiles) {
   ranges.pop_back();
 }
 
+// A block in find_largest: each thread's value as it was before the step.
+struct Butterfly {
+  Tops tops[kThreads];
+  void meet(int by) {
+    Tops before[kThreads];
+    memcpy(before, tops, sizeof before);
+    for (int thread = 0; thread < kThreads; ++thread) tops[thread] = larger(before[thread], before[thread ^ by]);
+  }
+};
+
+template <class P, class G, class C>
+void moment_blocks(const MomentTask& task, int64_t tiles) {
+  using Lane = MomentLane<P, G, C>;
+  std::vector<Lane> lanes(kThreads);
+  Butterfly block;
+  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+    // Registers hold anything at first: a scale of 253, above all that are stored, would make NaNs of zeros.
+    memset(static_cast<void*>(lanes.data()), 253, kThreads * sizeof(Lane));
+    for (int thread = kThreads - 1; thread >= 0; --thread) {
+      moments_update(lanes[thread], task, entry_of(task.table, tile), tile, thread);
+      block.tops[thread] = lanes[thread].tops;
+    }
+    find_largest<Lane::kLanes>(block);
+    for (int thread = kThreads - 1; thread >= 0; --thread) {
+      if (sizeof(C) == 1) lanes[thread].tops = block.tops[thread];
+      moments_store(lanes[thread], task);
+    }
+  }
+}
+
 // 0, or 1 after an access that a GPU would have made out of bounds.
 template <class Body>
 int guarded(const Body& body) {
@@ -91,6 +121,23 @@ int adam(void* param, void* rest, float* m, float* v, int dtype, const void** so
       with_dtype(t.dtype, [&](auto p) {
         with_dtype(s.dtype, [&](auto g) {
           grid(tiles, [&](int64_t tile, int thread) { adam_tile<decltype(p), decltype(g)>(task, tile, thread); });
+        });
+      });
+    });
+  });
+}
+
+int moments(void* param, void* rest, void* m, void* v, uint8_t* scales, int dtype, int bytes, const void** sources,
+            int count, int source_dtype, float mean, const int64_t* spans, int64_t n, const float* rows) {
+  return guarded([&] {
+    const MomentTensors t{param, rest, m, v, scales, static_cast<Dtype>(dtype), bytes == 1};
+    const Sources s{sources, count, static_cast<Dtype>(source_dtype), mean};
+    const auto* more = count > kMaxSources ? sources : nullptr;
+    run_moments(t, s, more, spans, n, rows, [&](const MomentTask& task, int64_t tiles) {
+      with_dtype(t.dtype, [&](auto p) {
+        with_dtype(s.dtype, [&](auto g) {
+          if (t.bytes) return moment_blocks<decltype(p), decltype(g), uint8_t>(task, tiles);
+          moment_blocks<decltype(p), decltype(g), uint16_t>(task, tiles);
         });
       });
     });

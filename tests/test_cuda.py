@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_kernels import DTYPES, ROWS, adam_tensors, assert_same, wide
+from test_moments import coded, kinds, rows_of
 
 from zerolite import kernels
 from zerolite.kernels import native, reference
 from zerolite.kernels.ops import LIMBS
 
 ROOT = Path(__file__).parent.parent
-OPS = ("reduce_adam_", "reduce_", "square_sum_", "exceeds_", "pack_")
+OPS = ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "exceeds_", "pack_")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIZES = [0, 1, 3, 5, 7, 8, 9, 63, 64, 65, 2047, 2048, 2049, 65537]
@@ -139,6 +140,58 @@ def test_adam_over_all_magnitudes(dtype):
     adam_on_both(n, dtype, [values], torch.tensor([[0, n, 0]]))
 
 
+def moments_on_both(n, kind, dtype, source_dtype, count, spans, shifts=(0, 0), scale=1.0):
+    """Three updates from nothing."""
+    theirs = coded(n, kind, dtype)
+    ours = [on_gpu(t.view(-1), shifts[0]) if t.numel() else t.view(-1).cuda() for t in theirs]
+    for step in range(3):
+        sources = [(wide(n, 10 * step + k, 3.0) * scale * 10.0**-step).clamp(-6e4, 6e4).to(source_dtype) for k in range(count)]
+        rows = rows_of(step + 1, step + 9)
+        there = [on_gpu(s, shifts[1] * (k % 2)) for k, s in enumerate(sources)]
+        kernels.reduce_adam_moments_(*ours, there, spans, rows, 1 / count)
+        reference.reduce_adam_moments_(*theirs, sources, spans, rows, 1 / count)
+        assert_same([t.cpu() for t in ours], [t.view(-1) for t in theirs])
+
+
+@needs_gpu
+@kinds
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 1000, 1025, 2049, 4097, 1_000_003])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source_dtype", DTYPES)
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 3)], ids=str)
+def test_moments(n, kind, dtype, source_dtype, shifts):
+    cut = n // 3 // 64 * 64
+    spans = torch.tensor([[0, max(cut - 5, 0), 0], [cut, cut, 1], [cut, n, 1]])
+    moments_on_both(n, kind, dtype, source_dtype, 1 + n % 3, spans, shifts)
+
+
+@needs_gpu
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count,scale", [(1, 0.0), (1, 1e-30), (2, 1e-10), (64, 1.0), (65, 1.0)])
+def test_moments_of_many_spans_and_sources(kind, dtype, count, scale):
+    spans = torch.tensor([[192 * k, 192 * k + 37 * k % 193, k % 2] for k in range(120)])
+    moments_on_both(192 * 120, kind, dtype, torch.float32, count, spans, scale=scale)
+
+
+@needs_gpu
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_neighbours_of_a_nan_are_those_of_the_cpu(kind, dtype, value):
+    grad, theirs = wide(200, 4, 1.0), coded(200, kind, dtype)
+    ours = [t.cuda() for t in theirs]
+    grad[77] = value
+    kernels.reduce_adam_moments_(*ours, [grad.cuda()], torch.tensor([[0, 200, 0]]), rows_of(3), 1.0)
+    reference.reduce_adam_moments_(*theirs, [grad], torch.tensor([[0, 200, 0]]), rows_of(3), 1.0)
+    others = torch.arange(200) != 77
+    for a, b in zip(ours[:4], theirs[:4], strict=True):
+        if b.numel():
+            assert_same([a.cpu()[others]], [b[others]])
+    assert_same([ours[4].cpu()], theirs[4:])
+    assert bool(ours[0][77].isnan())
+
+
 @needs_gpu
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,6 +293,12 @@ def test_bad_arguments_are_refused():
         kernels.reduce_adam_(param, rest, m, v, [param.clone()], spans.cuda(), ROWS, 1.0)
     with pytest.raises(RuntimeError, match="m: expected a tensor on cuda:0"):
         kernels.reduce_adam_(param, rest, m.cpu(), v, [param.clone()], spans, ROWS, 1.0)
+    coded_ = [t.cuda() for t in coded(64, "int8", torch.float32)]
+    with pytest.raises(RuntimeError, match="starts at 5, expected a multiple of 64"):
+        kernels.reduce_adam_moments_(*coded_, [param.clone()], torch.tensor([[5, 64, 0]]), rows_of(1), 1.0)
+    with pytest.raises(RuntimeError, match="scales: expected a tensor on cuda:0"):
+        scales = coded_[4].cpu()
+        kernels.reduce_adam_moments_(*coded_[:4], scales, [param.clone()], torch.tensor([[0, 64, 0]]), rows_of(1), 1.0)
     with pytest.raises(RuntimeError, match="sources: expected a tensor on cuda:0"):
         kernels.reduce_(param, [param.cpu()], 1.0, False)
     with pytest.raises(RuntimeError, match="float32 to accumulate"):
@@ -253,6 +312,7 @@ def test_opcheck(name):
     sources = [wide(130, k, 1.0).cuda() for k in (1, 2)]
     args = {
         "reduce_adam_": (*[t.cuda() for t in adam_tensors(130, torch.float32)], sources, spans, ROWS, 0.5),
+        "reduce_adam_moments_": (*[t.cuda() for t in coded(130, "int8", torch.float32)], sources, spans, rows_of(1, 2), 0.5),
         "reduce_": (torch.zeros(130, device="cuda"), sources, 0.5, False),
         "square_sum_": (torch.zeros(2, LIMBS, dtype=torch.int64, device="cuda"), sources, spans, 0.5),
         "exceeds_": (torch.zeros(1, dtype=torch.int64, device="cuda"), sources[0], 1.0),

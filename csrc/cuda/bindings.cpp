@@ -109,6 +109,28 @@ void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Ten
   });
 }
 
+void reduce_adam_moments_(Tensor param, Tensor rest, Tensor m, Tensor v, Tensor scales, std::vector<Tensor> sources,
+                          Tensor spans, Tensor rows, double mean) {
+  const Call call("reduce_adam_moments_", param, "param");
+  const MomentTensors t = check_moments(param, rest, m, v, scales, rows);
+  if (t.dtype != Dtype::kFloat) call.here(rest, "rest");
+  if (t.bytes) call.here(scales, "scales");
+  call.here(m, "m");
+  call.here(v, "v");
+  call.here(sources, "sources");
+  const SourceList list(sources, param.numel(), mean);
+  check_spans_shape(spans);
+  const HostTable<int64_t> work(spans, call);
+  const HostTable<float> hyper(rows, call);
+  check_spans(work.data, spans.size(0), param.numel(), rows.size(0));
+  check_starts(work.data, spans.size(0));
+  const DeviceSources more(list.view, call);
+  run_moments(t, list.view, more.pointers, work.data, spans.size(0), hyper.data,
+              [&](const MomentTask& task, int64_t tiles) {
+                call.ok(launch_moments(task, list.view.dtype, tiles, call.stream));
+              });
+}
+
 void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumulate) {
   const Call call("reduce_", out, "out");
   const Dtype dtype = check_reduce(out, accumulate);
@@ -166,6 +188,7 @@ void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, 
 
 STABLE_TORCH_LIBRARY_IMPL(zerolite, CUDA, m) {
   m.impl("reduce_adam_", TORCH_BOX(&reduce_adam_));
+  m.impl("reduce_adam_moments_", TORCH_BOX(&reduce_adam_moments_));
   m.impl("reduce_", TORCH_BOX(&reduce_));
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));

@@ -58,7 +58,7 @@ ZL_FN void average(float (&g)[U][W], const SourceTable& s, const Where (&at)[U])
     for (int i = 0; i < W; ++i) g[u][i] = round_to<G>(g[u][i] * s.mean);
 }
 
-// A parameter and what completes it to its fp32 master, by dtype of the parameter.
+// A parameter and what completes it to its fp32 master, by dtype of the parameter. `Tensors` names them param and rest.
 template <class P, int W>
 struct Stored;
 template <int W>
@@ -75,17 +75,17 @@ struct Stored<half, W> {
   Pack<float, W> master;
 };
 
-template <int W, class Where>
-ZL_FN void load(Stored<float, W>& to, const AdamTensors& t, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void load(Stored<float, W>& to, const Tensors& t, const Where& g) {
   load(to.p, static_cast<const float*>(t.param), g);
 }
-template <int W, class Where>
-ZL_FN void load(Stored<bf16, W>& to, const AdamTensors& t, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void load(Stored<bf16, W>& to, const Tensors& t, const Where& g) {
   load(to.hi, static_cast<const uint16_t*>(t.param), g);
   load(to.lo, static_cast<const int16_t*>(t.rest), g);
 }
-template <int W, class Where>
-ZL_FN void load(Stored<half, W>& to, const AdamTensors& t, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void load(Stored<half, W>& to, const Tensors& t, const Where& g) {
   load(to.master, static_cast<const float*>(t.rest), g);
 }
 
@@ -116,17 +116,17 @@ ZL_FN void keep(Stored<half, W>& s, int i, float p) {
   s.master.x[i] = p;
 }
 
-template <int W, class Where>
-ZL_FN void store(const AdamTensors& t, const Stored<float, W>& from, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void store(const Tensors& t, const Stored<float, W>& from, const Where& g) {
   store(static_cast<float*>(t.param), from.p, g);
 }
-template <int W, class Where>
-ZL_FN void store(const AdamTensors& t, const Stored<bf16, W>& from, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void store(const Tensors& t, const Stored<bf16, W>& from, const Where& g) {
   store(static_cast<uint16_t*>(t.param), from.hi, g);
   store(static_cast<int16_t*>(t.rest), from.lo, g);
 }
-template <int W, class Where>
-ZL_FN void store(const AdamTensors& t, const Stored<half, W>& from, const Where& g) {
+template <int W, class Tensors, class Where>
+ZL_FN void store(const Tensors& t, const Stored<half, W>& from, const Where& g) {
   Pack<half, W> p;
   ZL_UNROLL
   for (int i = 0; i < W; ++i) narrow(p.x[i], from.master.x[i]);

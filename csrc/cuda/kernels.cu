@@ -1,4 +1,4 @@
-// CUDA kernels: one thread's work is in bodies.h and square.h, and what is left here are grids and dtypes.
+// CUDA kernels: one thread's work is in bodies.h, moments.h and square.h, and what is left here are grids and dtypes.
 #include <cuda_runtime.h>
 
 #include "launch.h"
@@ -9,6 +9,26 @@ namespace {
 template <class P, class G>
 __global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ AdamTask task) {
   adam_tile<P, G>(task, blockIdx.x, threadIdx.x);
+}
+
+// A thread as a part of its warp, in find_largest.
+struct Shuffle {
+  Tops& tops;
+  __device__ __forceinline__ void meet(int by) {
+    constexpr unsigned kAll = 0xffffffffu;
+    tops = larger(tops, {__shfl_xor_sync(kAll, tops.m, by), __shfl_xor_sync(kAll, tops.v, by)});
+  }
+};
+
+template <class P, class G, class C>
+__global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant__ MomentTask task) {
+  MomentLane<P, G, C> lane;
+  moments_update(lane, task, entry_of(task.table, blockIdx.x), blockIdx.x, threadIdx.x);
+  if constexpr (sizeof(C) == 1) {
+    Shuffle warp{lane.tops};
+    find_largest<lane.kLanes>(warp);
+  }
+  moments_store(lane, task);
 }
 
 template <class O, class G, bool kAccumulate>
@@ -67,6 +87,17 @@ const char* launch_adam(const AdamTask& task, Dtype sources, int64_t tiles, void
   return with_dtype(task.t.dtype, [&](auto p) {
     return with_dtype(sources,
                       [&](auto g) { return start(adam_kernel<decltype(p), decltype(g)>, task, tiles, stream); });
+  });
+}
+
+const char* launch_moments(const MomentTask& task, Dtype sources, int64_t tiles, void* stream) {
+  return with_dtype(task.t.dtype, [&](auto p) {
+    return with_dtype(sources, [&](auto g) {
+      using P = decltype(p);
+      using G = decltype(g);
+      return task.t.bytes ? start(moments_kernel<P, G, uint8_t>, task, tiles, stream)
+                          : start(moments_kernel<P, G, uint16_t>, task, tiles, stream);
+    });
   });
 }
 

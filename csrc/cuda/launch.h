@@ -3,11 +3,13 @@
 #pragma once
 
 #include "bodies.h"
+#include "moments.h"
 #include "square.h"
 
 namespace zerolite {
 
 const char* launch_adam(const AdamTask&, Dtype sources, int64_t tiles, void* stream);
+const char* launch_moments(const MomentTask&, Dtype sources, int64_t tiles, void* stream);
 const char* launch_reduce(const ReduceTask&, Dtype out, Dtype sources, bool accumulate, int64_t tiles, void* stream);
 const char* launch_square_sum(const SquareTask&, Dtype src, int64_t tiles, void* stream);
 const char* launch_exceeds(const ExceedsTask&, Dtype src, int64_t tiles, void* stream);

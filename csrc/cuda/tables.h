@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "bodies.h"
+#include "moments.h"
 #include "square.h"
 
 namespace zerolite {
@@ -86,6 +87,26 @@ void run_adam(const AdamTensors& t, const Sources& sources, const void* const* i
     return e;
   };
   in_tables(task.table, count, W, kThreads * kUnroll * W, entry, [&](int64_t tiles) { launch(task, tiles); });
+}
+
+// Groups are counted from the tensors' first element, so vectors fit only where that is aligned.
+template <class Launch>
+void run_moments(const MomentTensors& t, const Sources& sources, const void* const* in_device_memory,
+                 const int64_t* spans, int64_t count, const float* rows, const Launch& launch) {
+  const int width = moment_width(t.dtype, sources.dtype), bytes = t.bytes ? 1 : 2;
+  const Address param{t.param, bytes_of(t.dtype)};
+  const Address rest{t.dtype == Dtype::kFloat ? nullptr : t.rest, t.dtype == Dtype::kBFloat16 ? 2 : 4};
+  const int phase = common_phase({param, rest, {t.m, bytes}, {t.v, bytes}}, sources.data, sources.count,
+                                 bytes_of(sources.dtype), width);
+  MomentTask task{};
+  task.t = t;
+  fill(task.sources, sources, in_device_memory);
+  const auto entry = [&](int64_t i) {
+    Entry<MomentRow> e{spans[3 * i], spans[3 * i + 1], 0, phase == 0 ? 0 : kScattered, {}};
+    memcpy(&e.with, rows + spans[3 * i + 2] * kMomentRow, sizeof e.with);
+    return e;
+  };
+  in_tables(task.table, count, width, kThreads * width, entry, [&](int64_t tiles) { launch(task, tiles); });
 }
 
 template <class Launch>
