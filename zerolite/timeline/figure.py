@@ -75,7 +75,13 @@ def _terms(axes: Any, record: Recording, samples: list[Sample], peak: Sample) ->
         if not any(values):
             continue  # nor in the legend
         top = [low + value for low, value in zip(base, values, strict=True)]
-        axes.fill_between(seconds, base, top, step="post", color=TERM_COLOURS[term], linewidth=0.6, label=NAMES[term])
+        axes.fill_between(seconds, base, top, step="post", color=TERM_COLOURS[term], linewidth=0, label=NAMES[term])
+        short = [
+            k for k in range(len(seconds) - 1) if values[k] and seconds[k + 1] - seconds[k] < (seconds[-1] - seconds[0]) / 900
+        ]
+        if short:  # narrower than a pixel, and peaks often are
+            at = [seconds[k] for k in short], [base[k] for k in short], [top[k] for k in short]
+            axes.vlines(*at, color=TERM_COLOURS[term], linewidth=0.9)
         base = top
     axes.axhline(record.rest / _MIB, color="0.15", linestyle="--", linewidth=1.2, label="planned at rest")
     axes.plot([peak.seconds], [peak.live / _MIB], "o", color="black", markersize=5, zorder=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from string import Template
@@ -14,7 +15,7 @@ from zerolite.timeline.script import SCRIPT, STYLE
 
 _MOST = 1200  # samples that are drawn
 _ROWS = 80  # buckets that are drawn, the largest
-LEFT, RIGHT, TOP, WIDTH, HEIGHT, ROW = 76, 14, 22, 1000, 330, 17  # of the figures, in pixels
+LEFT, RIGHT, TOP, WIDTH, HEIGHT, ROW = 76, 14, 22, 1000, 330, 22  # of the figures, in pixels
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Memory timeline</title>
@@ -30,7 +31,7 @@ plan rests at. Activations and what else the program holds are no part of these 
 $process
 <h2>What each bucket holds when</h2>
 $rows
-<p class="note">Each row is scaled to its own most, which stands on the right.$left_out</p>
+<p class="note">Each row shows what it holds beyond its least, up to its most; both stand on the right.$left_out</p>
 <h2>At the peak, by bucket</h2>
 $table
 <h2>By term</h2>
@@ -167,9 +168,11 @@ def _figure(record: Recording, samples: list[Sample], peak: Sample) -> str:
     x, y = scale.x(peak.seconds), scale.y(peak.live)
     side = ("end", -8) if x > WIDTH / 2 else ("start", 8)
     rest = scale.y(record.rest)
+    power = 10 ** math.floor(math.log10(scale.length))
+    step = next(power * k for k in (0.1, 0.2, 0.5, 1, 2) if scale.length / (power * k) <= 10)
     seconds = "".join(
-        f'<text x="{scale.x(t):.0f}" y="{HEIGHT + 17}" text-anchor="middle">{t - samples[0].seconds:.3g} s</text>'
-        for t in (samples[0].seconds + scale.length * k / 5 for k in range(6))
+        f'<text x="{scale.x(scale.first + k * step):.1f}" y="{HEIGHT + 17}" text-anchor="middle">{k * step:.3g} s</text>'
+        for k in range(int(scale.length / step) + 1)
     )
     return (
         f'<svg id="figure" viewBox="0 0 {WIDTH + 24} {HEIGHT + 24}" role="img" aria-label="live bytes by term over time">'
@@ -218,18 +221,19 @@ def _rows(record: Recording, samples: list[Sample], names: list[str], most: dict
     parts = []
     for row, name in enumerate(names):
         place, top = record.buckets.index(name), row * ROW + 2
-        scale = _Scale(samples[0].seconds, samples[-1].seconds, 0, max(most[name], 1), top, top + ROW - 3)
         held = [sample.buckets[place] if place < len(sample.buckets) else 0 for sample in samples]
+        least = min(held)
+        scale = _Scale(samples[0].seconds, samples[-1].seconds, least, max(most[name], least + 1), top, top + ROW - 4)
         points = [*scale.steps(samples, held), f"{scale.x(samples[-1].seconds):.1f},{scale.bottom}", f"{LEFT},{scale.bottom}"]
         short = name if len(name) <= 26 else f"…{name[-25:]}"
         parts.append(
             f'<polygon fill="#7a93bd" points="{" ".join(points)}"/>'
             f'<text x="{LEFT - 6}" y="{top + ROW - 6}" text-anchor="end" class="small">{escape(short)}</text>'
-            f'<text x="{WIDTH - RIGHT + 5}" y="{top + ROW - 6}" class="small">{amount(most[name])}</text>'
+            f'<text x="{WIDTH - RIGHT + 5}" y="{top + ROW - 6}" class="small">{amount(least)} to {amount(most[name])}</text>'
         )
     height = len(names) * ROW + 4
     return (
-        f'<svg id="rows" viewBox="-84 0 {WIDTH + 164} {height}" role="img" aria-label="bytes by bucket over time">'
+        f'<svg id="rows" viewBox="-84 0 {WIDTH + 220} {height}" role="img" aria-label="bytes by bucket over time">'
         f'{"".join(parts)}<line id="cross2" y1="0" y2="{height}" class="cross" visibility="hidden"/></svg>'
     )
 
