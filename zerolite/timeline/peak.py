@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zerolite.memory import NAMES
 from zerolite.timeline.record import TERMS, Recording, Sample, amount
 
-_SMALL = 0.05  # of the peak: what saves less is not worth a line
+_SMALL, _PART = 0.05, 0.25  # of the peak, and of what is above the plan: what saves less than both is not worth a line
 _VERBS = {
     "gather": "bucket '{}' was gathered",
     "release": "bucket '{}' was released",
@@ -45,7 +45,8 @@ def explain(recording: Recording) -> Peak:
         shown = [f"'{name}' {amount(value)} ({NAMES[term]})" for name, term, value in largest]
         text += f" Largest items: {_listed(shown)}."
     found = sorted(_cures(recording, terms), reverse=True)
-    cures = [cure for saved, cure in found if saved >= _SMALL * max(sample.live, 1)]
+    enough = min(_SMALL * sample.live, _PART * max(sample.live - recording.rest, 1))
+    cures = [cure for saved, cure in found if saved > 0 and saved >= enough]
     return Peak(sample, text, cures)
 
 
@@ -78,12 +79,13 @@ def _cures(recording: Recording, terms: dict[str, int]) -> list[tuple[float, str
                 (held * others, f"{option} (or higher) cuts {term} over the ranks: about {amount(held * others)} less.")
             )
     moving = terms["flight"] + terms["kept"]
+    below = min(options["bucket_mb"], sizes["largest bucket"] / 2**20)  # what cuts a bucket
     if sizes["buckets"] > 1 or sizes["largest bucket"] > sizes["largest parameter"]:
         found.append(
             (
                 moving / 2,
-                f"a smaller bucket_mb (now {options['bucket_mb']:g}): {amount(moving)} are buckets in flight and slots kept "
-                f"for them, of up to {amount(sizes['largest bucket'])} a bucket; half the size holds about half.",
+                f"a bucket_mb below {below:.3g} (now {options['bucket_mb']:g}): {amount(moving)} are buckets in flight and "
+                f"slots kept for them, of up to {amount(sizes['largest bucket'])} a bucket; half the size holds about half.",
             )
         )
     if terms["units"] and len(recording.at_peak) > 1:
