@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zerolite import ZeroOptimizer
+from zerolite import MemoryTimeline, ZeroOptimizer
 
 MODELS = {"tiny": (128, 2, 4), "small": (512, 3, 8), "gpt2": (768, 12, 12)}  # width, layers, heads
 VOCABULARY = 2048
@@ -78,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--save", type=Path, metavar="PATH", help="write a checkpoint at the end")
     add("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, also one of another stage")
     add("--json", type=Path, metavar="FILE", help="write losses, times and memory")
+    add("--timeline", type=Path, metavar="PATH", help="record memory over the steps: PATH.png, PATH.html and PATH.json")
     args = parser.parse_args()
     args.stop = args.steps if args.stop is None else args.stop
     for message, wrong in mistakes(args).items():
@@ -101,6 +102,7 @@ def mistakes(args: argparse.Namespace) -> dict[str, bool]:
         "--offload: expected a ZeRO stage with it, got --stage ddp": args.offload is not None and args.stage == "ddp",
         f"--offload all: expected --stage 3 with it, got {args.stage}": args.offload == "all" and args.stage != "3",
         "--moments: expected a ZeRO stage with it, got --stage ddp": args.moments != "fp32" and args.stage == "ddp",
+        "--timeline: expected a ZeRO stage with it, got --stage ddp": args.timeline is not None and args.stage == "ddp",
         "--stage ddp: expected ranks; run torchrun --nproc-per-node 2 examples/train.py --stage ddp": args.stage == "ddp"
         and "WORLD_SIZE" not in os.environ,
     }
@@ -299,7 +301,8 @@ def main() -> None:
     start = resume(args.resume, parts) if args.resume else 0
     if start >= args.stop:
         raise SystemExit(f"--resume: expected a checkpoint of less than {args.stop} steps, got one of {start}. Raise --steps.")
-    report = train(args, parts, tokens, start)
+    with MemoryTimeline(parts.optimizer, args.timeline) if args.timeline else nullcontext():
+        report = train(args, parts, tokens, start)
     if args.save:
         save(args.save, args.stop, parts)
     report["parameters"] = sum(p.numel() for p in parts.model.parameters())

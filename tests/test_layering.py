@@ -32,6 +32,7 @@ LAYERS = {
     "checkpoint": 4,
     "build": 5,
     "optimizer": 5,
+    "timeline": 6,
     "__init__": 6,
 }
 

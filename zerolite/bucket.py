@@ -19,7 +19,6 @@ and writing one raises, instead of a stale value.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -182,6 +181,7 @@ class Bucket:
         else:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
             self.pending = self.comm.gather(self.full, self.shard, what)
+        self.comm.ledger.note("gather", self.name)
 
     def ready(self) -> None:
         """Waits for a gather under way and shows the parameters whole."""
@@ -203,6 +203,7 @@ class Bucket:
         if self.home is None:
             self.full.untyped_storage().resize_(0)
         self.whole = False
+        self.comm.ledger.note("release", self.name)
 
     def publish(self) -> None:
         """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole."""
@@ -210,6 +211,7 @@ class Bucket:
             self.published = self.home.publish(f"gather {self.name}")
         elif self.plan.states.sharded and not self.plan.params.sharded:
             self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+        self.comm.ledger.note("publish", self.name)
 
     def finish_publish(self) -> None:
         """Waits for a publish."""
@@ -289,6 +291,7 @@ class Bucket:
             self.mine = self.shard.copy_(self.mine)
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
         self.state.step(self.mine, self.rest, sources, mean, targets)
+        self.comm.ledger.note("update", self.name)
         self.grads.clear()
 
     def whole_gradient(self) -> Tensor:
@@ -324,16 +327,22 @@ class Bucket:
         """Layout, bytes of a parameter element, bytes of remainder or master an element, and whether it is trained."""
         return self.layout, self.full.element_size(), self.rest.element_size() if self.rest.numel() else 0, self.trained
 
-    def storages(self) -> dict[str, Sequence[Tensor]]:
-        """Live tensors by term of the plan (views of one storage count once)."""
-        params = [self.full, self.shard]
-        if self.home is not None:  # `full` and `shard` are the same memory, mapped twice
-            params = [self.shard if self.plan.params.sharded else self.full]
+    def holdings(self) -> dict[str, list[Tensor]]:
+        """Live tensors by term of memory.FINE (views of one storage count once, in the first term that has them)."""
+        if self.home is None:
+            params, units = ([self.shard], [self.full]) if self.plan.params.sharded else ([self.full, self.shard], [])
+        else:  # `full` and `shard` are the same memory, mapped twice: a gather takes none
+            params, units = [self.shard if self.plan.params.sharded else self.full], []
             params += [self.mine] if self.mine is not self.shard else []
+        grads = self.grads
         return {
             "params": params,
-            "grads": self.grads.tensors() if self.grads is not None else [],
-            "states": [self.rest, *(self.state.tensors() if self.state is not None else [])],
+            "units": units,
+            "grads": grads.resting() if grads is not None else [],
+            "flight": grads.flying() if grads is not None else [],
+            "kept": grads.lane.kept() if grads is not None else [],
+            "master": [self.rest],
+            "moments": self.state.tensors() if self.state is not None else [],
         }
 
 

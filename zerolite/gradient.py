@@ -49,6 +49,7 @@ class Gradients:
     local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
     base: Tensor | None  # the local sum that this (wide) round begins with, until it is packed
     flight: Pending | None  # the exchange under way
+    taken: list[Tensor]  # the sources of a round that is being summed
     average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
     spare: Tensor | None  # the memory of an average that was used up, for the next one where
     # gradients rest sharded: new pages cost more than the average itself
@@ -77,6 +78,7 @@ class Gradients:
         self.packed = set()
         self.wide = False
         self.full = self.local = self.base = self.flight = self.average = None
+        self.taken = []
         if not self.lane.transient:
             self.spare = None
 
@@ -142,6 +144,7 @@ class Gradients:
             view = self.view(full, slot)
             view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
         self.packed.update(self.arrived)
+        self.comm.ledger.note("pack", self.name)  # while both are held
         self.arrived = {}
         exceeds_(self.suspect, full, _SUSPECT[full.dtype])
 
@@ -162,6 +165,7 @@ class Gradients:
         self.full = None
         self.wide = False
         self.packed = set()
+        self.comm.ledger.note("exchange", self.name)
 
     def peek(self) -> tuple[list[Tensor], float]:
         """As `sources`, without using them up; no sources where there is no gradient."""
@@ -174,9 +178,9 @@ class Gradients:
         """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
         assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
         if self.flight is not None and self.average is None:
-            sources = list(self.flight.wait())
+            self.taken = list(self.flight.wait())
             self.flight = None
-            return sources, self.lane.mean
+            return self.taken, self.lane.mean
         self.finish()
         if self.average is None:
             self.average = torch.zeros(self.layout.shard, dtype=self.dtype, device=self.suspect.device)
@@ -186,19 +190,23 @@ class Gradients:
         """Averages the round in flight into `average`."""
         if self.flight is None:
             return
-        sources = list(self.flight.wait())
+        self.taken = sources = list(self.flight.wait())
         self.flight = None
+        if self.average is None and len(sources) == 1 and self.lane.mean == 1.0:
+            self.average = sources[0]
+        else:
+            self._add(sources)
+        self.comm.ledger.note("average", self.name)  # while both are held
+        self.taken = []
+
+    def _add(self, sources: list[Tensor]) -> None:
+        """Sums a round into `average`."""
+        first = self.average is None
         if self.average is None:
-            if len(sources) == 1 and self.lane.mean == 1.0:
-                self.average = sources[0]
-                return
             self.average = self._room(sources[0])
-            reduce_(self.average, sources, self.lane.mean, False)
-            self.lane.done()
-            return
-        if self.average.dtype != torch.float32 or len(sources) == 1:
+        elif self.average.dtype != torch.float32 or len(sources) == 1:
             self.average, self.spare = self.average.to(torch.float32, copy=True), None
-        reduce_(self.average, sources, self.lane.mean, True)
+        reduce_(self.average, sources, self.lane.mean, not first)
         self.lane.done()
 
     def _room(self, like: Tensor) -> Tensor:
@@ -232,10 +240,17 @@ class Gradients:
         assert self.average is not None
         return [self.average[p.offset : p.offset + p.stop - p.start] for p in self.pieces if p.slot == slot]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that holds gradients now."""
-        held = [t for t in (self.full, self.local, self.base, self.average, self.spare) if t is not None]
-        return held + list(self.arrived.values())
+    def resting(self) -> list[Tensor]:
+        """What holds gradients where they rest: averages, and a packed round where gradients rest whole."""
+        whole = None if self.lane.transient else self.full
+        return [t for t in (whole, self.average, self.spare) if t is not None]
+
+    def flying(self) -> list[Tensor]:
+        """What holds gradients on their way: not packed, packed, summed under no_sync(), sent, being summed."""
+        packed = self.full if self.lane.transient else None
+        held = [t for t in (packed, self.local, self.base) if t is not None] + list(self.arrived.values())
+        sources = self.taken if self.flight is None else list(self.flight.result)
+        return held + (self.lane.holds(sources) if sources else [])
 
 
 def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -48,6 +48,13 @@ class Hooks:
         self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
         self.handles.append(model.register_forward_hook(end))
 
+    def on_forward(self, model: nn.Module, note: Callable[[str, str], None]) -> None:
+        """note("forward", "begin" or "end") around the forward of the whole model, also where it raises."""
+        begin = torch._dynamo.disable(lambda *_: note("forward", "begin"))
+        end = torch._dynamo.disable(lambda *_: note("forward", "end"))
+        self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
+        self.handles.append(model.register_forward_hook(end, always_call=True))
+
     def on_unit(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """One unit: gather before, release after, and the same in the backward."""
 

@@ -1,14 +1,46 @@
-"""Live tensor storages by term, beside what the plan says."""
+"""Live tensor storages by term, beside what the plan says, and the memory of the process.
+
+plan's term   finer terms
+params        params: at rest                units: whole while they are in use, beside what rests
+grads         grads: at rest                 flight: buckets on their way, not packed, packed, sent or being summed
+                                             kept: shared memory that held a round and stays for the next
+states        master: remainder or fp32 master          moments
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from zerolite.bucket import Bucket
 from zerolite.plan import TERMS, Plan
+
+#: Finer terms by term of the plan, in the order in which they are shown.
+FINE = {"params": ("params", "units"), "grads": ("grads", "flight"), "states": ("master", "moments")}
+KEPT = "kept"  # process memory that holds nothing between rounds: beside the terms
+NAMES = {
+    "params": "parameters at rest",
+    "units": "whole units in use",
+    "grads": "gradients at rest",
+    "flight": "buckets in flight",
+    KEPT: "slots kept for rounds",
+    "master": "remainder or master",
+    "moments": "moments",
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """Memory of this process: of the host, and of the device where there is one; None where it cannot be read."""
+
+    resident: int | None = None  # what is mapped and in memory, shared pages in full
+    proportional: int | None = None  # the same, shared pages divided by the processes that share them
+    allocated: int | None = None  # by torch on the device
+    reserved: int | None = None  # by torch's allocator from the device
 
 
 @dataclass(frozen=True)
@@ -18,13 +50,35 @@ class Memory:
     planned: dict[str, int]
     live: dict[str, int]
     numel: int  # parameters of the whole model
+    planned_fine: dict[str, int] = field(default_factory=dict)  # by finer term
+    live_fine: dict[str, int] = field(default_factory=dict)
+    process: Process = field(default_factory=Process)
 
     def __str__(self) -> str:
-        lines = [f"{'':8}{'planned':>16}{'live':>16}{'live a parameter':>18}"]
+        lines = [f"{'':24}{'planned':>16}{'live':>16}{'live a parameter':>18}"]
+
+        def row(name: str, planned: int, live: int) -> None:
+            lines.append(f"{name:24}{planned:>16,}{live:>16,}{live / max(self.numel, 1):>18.3f}")
+
         for term in TERMS:
-            each = self.live[term] / max(self.numel, 1)
-            lines.append(f"{term:8}{self.planned[term]:>16,}{self.live[term]:>16,}{each:>18.3f}")
+            row(term, self.planned[term], self.live[term])
+            for fine in FINE[term] if self.live_fine else ():
+                row(f"  {NAMES[fine]}", self.planned_fine[fine], self.live_fine[fine])
+        row("total", sum(self.planned.values()), sum(self.live.values()))
+        if self.live_fine.get(KEPT):
+            lines.append(f"{NAMES[KEPT]:40}{self.live_fine[KEPT]:>16,}  shared memory, beside the plan")
+        for name, value in vars(self.process).items():
+            if value is not None:
+                lines.append(f"{_PROCESS[name]:40}{value:>16,}")
         return "\n".join(lines)
+
+
+_PROCESS = {
+    "resident": "process, resident",
+    "proportional": "process, its part of what it shares",
+    "allocated": "device, allocated by torch",
+    "reserved": "device, reserved by torch",
+}
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -44,10 +98,78 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def measure(plan: Plan, buckets: Iterable[Bucket]) -> Memory:
-    """Measures live storages now. Gradients are at rest between backward and step."""
-    live = dict.fromkeys(TERMS, 0)
+def live_by_bucket(buckets: Iterable[Bucket]) -> tuple[dict[str, dict[str, int]], int]:
+    """Live bytes by bucket and finer term, and what is kept for rounds and holds none now.
+
+    Memory that two finer terms of one term view counts for the first.
+    """
+    found: dict[str, dict[str, int]] = {}
+    rounds: list[Tensor] = []
+    kept: list[Tensor] = []
     for bucket in buckets:
-        for term, tensors in bucket.storages().items():
-            live[term] += storage_bytes(tensors)
-    return Memory(plan.bytes_at_rest, live, plan.numel)
+        held = bucket.holdings()
+        found[bucket.name] = terms = {}
+        for fine in FINE.values():
+            seen: list[Tensor] = []
+            before = 0
+            for term in fine:
+                if held[term]:
+                    seen += held[term]
+                    total = storage_bytes(seen)
+                    terms[term], before = total - before, total
+                else:
+                    terms[term] = 0
+        rounds += held["grads"] + held["flight"] if held[KEPT] else []
+        kept += held[KEPT]
+    return found, storage_bytes(rounds + kept) - storage_bytes(rounds) if kept else 0
+
+
+def fine_plan(plan: Plan, buckets: Iterable[Bucket]) -> dict[str, int]:
+    """Bytes at rest by finer term."""
+    master = 0
+    for bucket in buckets:
+        layout, _, rest, trained = bucket.row
+        master += (layout.shard if plan.states.sharded else layout.numel) * rest if trained else 0
+    rests = plan.bytes_at_rest
+    return {
+        "params": rests["params"],
+        "units": 0,
+        "grads": rests["grads"],
+        "flight": 0,
+        KEPT: 0,
+        "master": master,
+        "moments": rests["states"] - master,
+    }
+
+
+def measure(plan: Plan, buckets: list[Bucket]) -> Memory:
+    """Measures live storages now. Gradients are at rest between backward and step."""
+    by_bucket, kept = live_by_bucket(buckets)
+    fine = {term: sum(held[term] for held in by_bucket.values()) for parts in FINE.values() for term in parts}
+    live = {term: sum(fine[part] for part in FINE[term]) for term in TERMS}
+    process = process_memory(buckets[0].full.device if buckets else torch.device("cpu"), True)
+    return Memory(plan.bytes_at_rest, live, plan.numel, fine_plan(plan, buckets), {**fine, KEPT: kept}, process)
+
+
+def process_memory(device: torch.device, proportional: bool) -> Process:
+    """The process now. Its proportional part walks every mapping (milliseconds), so it is read only where asked for."""
+    device_bytes: tuple[int | None, int | None] = (None, None)
+    if device.type == "cuda":
+        device_bytes = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
+    return Process(_resident(), _proportional() if proportional else None, *device_bytes)
+
+
+def _resident() -> int | None:
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read(128).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def _proportional() -> int | None:
+    try:
+        with open("/proc/self/smaps_rollup", "rb") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"Pss:"))
+    except (OSError, StopIteration):
+        return None

@@ -98,8 +98,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ledger = self._parts.comm.ledger
+        ledger.note("step", "begin")
         with torch.no_grad():
             self._step()
+        ledger.note("step", "end")
         self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers built on the user's optimizer
         return loss
 
@@ -158,6 +161,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, as torch.optim.Optimizer.zero_grad."""
         self._parts.grads.clear(set_to_none)
+        self._parts.comm.ledger.note("zero_grad", "")
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales gradients so that their total norm is at most `max_norm`; returns the norm (fp32, a collective)."""

@@ -77,6 +77,7 @@ class Reducer:
             grads_of(bucket).expected = sum(entry.param.requires_grad for entry in bucket.entries)
         self.active = True
         self.next = 0
+        self.comm.ledger.note("backward", "begin")
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)  # type: ignore[attr-defined]
 
     def collect(self, entry: Entry, grad: Tensor) -> None:
@@ -119,6 +120,7 @@ class Reducer:
         self.next = 0
         for call in self.at_end:
             call()
+        self.comm.ledger.note("backward", "end")
 
     def flush(self) -> None:
         """Everything collected goes out, in order, and is averaged where it cannot last as it is: the round of a

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 class Pending(Protocol):
     """A transfer under way."""
 
+    @property
+    def result(self) -> Any:
+        """What `wait` returns, perhaps not there yet: to count its bytes."""
+        ...
+
     def wait(self) -> Tensor:
         """Returns the result once it is there; raises RankError where a rank died, disagrees or is late."""
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,6 +199,7 @@ class ScatterLane(MessageLane):
         self.mean = 1.0
 
     def exchange(self, full: Tensor, what: str) -> Averaging:
+        self.sent = weakref.ref(full)
         return Averaging(self.comm.scatter(full.float(), what), full.dtype)
 
 
@@ -207,6 +209,10 @@ class Averaging:
     def __init__(self, sum_: Waiting, dtype: torch.dtype) -> None:
         self.sum = sum_
         self.dtype = dtype
+
+    @property
+    def result(self) -> Tensor:
+        return self.sum.result.view(1, -1)
 
     def wait(self) -> Tensor:
         return (self.sum.wait() / self.sum.comm.size).to(self.dtype).view(1, -1)

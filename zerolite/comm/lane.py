@@ -10,6 +10,7 @@ is called if an earlier round must be read first.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,6 +55,14 @@ class Lane(Protocol):
         """The result of the last exchange is not read any more (or never will be)."""
         ...
 
+    def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's own memory behind a round under way whose result is `sources`."""
+        ...
+
+    def kept(self) -> list[Tensor]:
+        """This rank's memory that stays between rounds (lanes may share it)."""
+        ...
+
 
 class MessageLane:
     """Rounds as messages: a fresh buffer each time, and an all-to-all of slices."""
@@ -66,15 +75,24 @@ class MessageLane:
         self.mean = 1.0 / comm.size
         self.lasting = False
         self.settle: Callable[[], None] = self.done
+        self.sent: Callable[[], Tensor | None] = lambda: None
 
     def take(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.numel, dtype=dtype, device=self.device)
 
     def exchange(self, full: Tensor, what: str) -> Pending:
+        self.sent = weakref.ref(full)  # a group may keep it until the message has gone
         return self.comm.exchange(full, what)
 
     def done(self) -> None:
         """The message is its reader's own."""
+
+    def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        sent = self.sent()
+        return [*sources] if sent is None else [*sources, sent]
+
+    def kept(self) -> list[Tensor]:
+        return []
 
 
 def message_lanes(comm: Comm, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:

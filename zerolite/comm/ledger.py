@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, deque
+from collections.abc import Callable
 
 # Names of the phases, the first word of every `what`.
 SETUP, EXCHANGE, GATHER, NORM, STEP, READ = "set-up", "exchange", "gather", "norm", "step", "read"
@@ -24,12 +25,14 @@ class Ledger:
     calls: Counter[str]  # by phase
     sent: Counter[str]  # bytes that left this rank, by phase
     recent: deque[str]  # the last few entries
+    listener: Callable[[str, str], None] | None  # told of every verb; None: nobody listens
 
     def __init__(self) -> None:
         self.digest = 0
         self.calls = Counter()
         self.sent = Counter()
         self.recent = deque(maxlen=8)
+        self.listener = None
 
     def enter(self, what: str, sent: int) -> None:
         """Records one call that sends `sent` bytes from this rank."""
@@ -38,3 +41,8 @@ class Ledger:
         self.calls[phase] += 1
         self.sent[phase] += sent
         self.recent.append(what)
+
+    def note(self, event: str, name: str) -> None:
+        """One verb was done to the bucket `name`, or a phase's "begin" or "end" is reached."""
+        if self.listener is not None:
+            self.listener(event, name)

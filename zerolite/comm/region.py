@@ -44,6 +44,7 @@ class Region:
         self.slot = -(-numel * 4 // PAGE) * PAGE  # fp32 rounds fit; pages that are never written take no memory
         self.narrow = narrow  # bytes of the largest round in compute dtype
         self.wide = False  # pages past `narrow` were written
+        self.used = 0  # bytes of this rank's slot that were written: their pages stay
         self.holder = None
         self.segment = Segment(comm.places * self.slot, comm.place, comm.share_here, private=False)
 
@@ -60,6 +61,8 @@ class Region:
         elif self.wide:
             self.segment.free(start + self.narrow, start + self.slot)
             self.wide = False
+            self.used = min(self.used, self.narrow)
+        self.used = max(self.used, lane.numel * dtype.itemsize)
         return self.segment.shared[start : start + self.slot]
 
 
@@ -111,6 +114,18 @@ class SharedLane:
         if self.open:
             self.open = False
             self.read.raise_to(self.rounds)
+
+    def _own(self, size: int) -> Tensor:
+        start = self.comm.place * self.region.slot
+        return self.region.segment.shared[start : start + size]
+
+    def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        place = self.region.segment.shared.data_ptr()
+        far = [source for source in sources if source.untyped_storage().data_ptr() != place]  # of other hosts
+        return [self._own(self.numel * sources[0].element_size()), *far]
+
+    def kept(self) -> list[Tensor]:
+        return [self._own(self.region.used)] if self.region.used else []
 
 
 def shared_lanes(comm: SharedComm, specs: Sequence[LaneSpec]) -> list[Lane]:
