@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zerolite.bucket import Bucket
-from zerolite.plan import TERMS, Plan
+from zerolite.placement import TERMS, Plan
 
 
 @dataclass(frozen=True)

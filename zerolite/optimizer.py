@@ -19,7 +19,7 @@ from zerolite.comm import Comm
 from zerolite.comm.group import GroupComm
 from zerolite.comm.local import LocalComm
 from zerolite.memory import Memory, measure
-from zerolite.plan import Plan
+from zerolite.placement import Plan
 from zerolite.update import Target
 from zerolite.whole import full_params
 
