@@ -30,9 +30,16 @@ LAYERS = {
     "hooks": 4,
     "whole": 4,
     "checkpoint": 4,
+    "rates": 3,
+    "shapes": 1,
+    "cost": 3,
+    "planner": 4,
+    "auto": 4,
     "build": 5,
     "optimizer": 5,
     "__init__": 6,
+    "cli": 6,
+    "__main__": 7,
 }
 
 

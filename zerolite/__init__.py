@@ -6,6 +6,7 @@ optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=2)
 from zerolite.comm.ledger import RankError
 from zerolite.optimizer import ZeroOptimizer
 from zerolite.placement import Plan
+from zerolite.planner import plan
 from zerolite.version import __version__
 
-__all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__"]
+__all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__", "plan"]

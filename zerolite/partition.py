@@ -77,9 +77,7 @@ class BucketSpec:
     trained: bool
 
 
-def cut_buckets(
-    params: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dtype | None, limit: int
-) -> list[BucketSpec]:
+def cut_buckets(params: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dtype | None, limit: int) -> list[BucketSpec]:
     """Buckets of one unit: parameters of one dtype, trained or frozen, in order.
 
     `dtype` is the compute dtype (None: each parameter's own), `limit` the bytes of a bucket. Looks at no value, so what is

@@ -185,9 +185,10 @@ class Plan:
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
-        waiting = _top(buckets)  # gradients of the bucket that is being filled, as autograd gave them
-        if self.params.sharded:  # the root's wait for the end of the backward, whenever they come
-            waiting += sum(row.full for row in self.trained if row.unit == 0)
+        top, pair = _top(buckets), _pair(buckets)
+        # where parameters rest sharded, the root's gradients wait for the end of the backward, whenever they come
+        root = sum(row.full for row in self.trained if row.unit == 0) if self.params.sharded else 0
+        waiting = top + root  # and the bucket that is being filled: gradients as autograd gave them
         if self.alone:
             yield self._term("buckets in flight", "backward", "device", waiting)
         elif self.setting.shared:
@@ -195,8 +196,8 @@ class Plan:
             yield self._term("shared arena", "always", "host", arena)
             yield self._term("buckets in flight", "backward", "device", waiting + self._far(buckets))
         else:
-            # the round being averaged and the next one: what was packed, and the slices that came
-            yield self._term("buckets in flight", "backward", "device", 2 * _pair(buckets) + waiting - _top(buckets))
+            # the round being averaged and the next one: what was packed, and the slices that came; at the end, all of the root
+            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, 2 * (top + root) * bool(root)))
 
     def _at_the_step(self, buckets: Sequence[int]) -> int:
         """Slices that come from other ranks, where gradients rest whole."""
@@ -303,8 +304,10 @@ def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | 
 
     whole  parameters cannot be sharded: there is no model
     """
-    offloads = [None] if device == "cpu" else OFFLOADS
-    found = [(stage, way) for stage in STAGES for way in (offloads if offload is True else [offload])]
+    offloads: Sequence[str | None] = OFFLOADS if device != "cpu" else (None,)
+    if offload is not True:
+        offloads = [offload if offload is None else str(offload)]
+    found = [(stage, way) for stage in STAGES for way in offloads]
     return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
 
 
