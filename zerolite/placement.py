@@ -164,11 +164,8 @@ class Plan:
             yield from self._in_flight(buckets)
         else:
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
-        if not self.states.sharded:
-            # Bucket.whole_gradient: the average of a shard, gathered; one bucket at a time
-            yield self._term("whole gradient", "step", self.grads.home, _top(buckets) + _top(buckets) // self.size)
         if self.params.sharded and not self._home:
-            yield self._term("units in use", "backward", "device", self._units())
+            yield self._term("units in use", "backward", "device", sum(self._units()))
         if self.setting.device != "cpu" and self.states.home == "host" and self.params.home == "device":
             # the update needs the compute-dtype half beside the states, and it is what travels back
             half = sum(self._range(row) * row.widths.param for row in self.trained)
@@ -180,8 +177,12 @@ class Plan:
         return self.setting.shared and self.setting.here == self.size
 
     def _sums(self) -> int:
-        """fp32 averages of several rounds; where gradients rest sharded they replace those of one round."""
-        return sum(row.layout.shard * (FP32 - row.widths.param * self.grads.sharded) for row in self.trained)
+        """Averages of earlier rounds, fp32 from the second on; where gradients rest sharded they replace those of one round."""
+        wide = self.grads.sharded or self.setting.shared or self.setting.micro_batches > 2
+        return sum(
+            row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * self.grads.sharded)
+            for row in self.trained
+        )
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
@@ -190,35 +191,45 @@ class Plan:
         root = sum(row.full for row in self.trained if row.unit == 0) if self.params.sharded else 0
         waiting = top + root  # and the bucket that is being filled: gradients as autograd gave them
         if self.alone:
-            yield self._term("buckets in flight", "backward", "device", waiting)
+            # a further round is a tensor of its own; where its average grows to fp32 that is counted already
+            own = self.setting.micro_batches > 1 and not self._sums()
+            yield self._term("buckets in flight", "backward", "device", waiting + top * own)
         elif self.setting.shared:
             arena = sum(_top(buckets[turn::TURNS]) for turn in range(TURNS))
             yield self._term("shared arena", "always", "host", arena)
             yield self._term("buckets in flight", "backward", "device", waiting + self._far(buckets))
         else:
-            # the round being averaged and the next one: what was packed, and the slices that came; at the end, all of the root
-            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, 2 * (top + root) * bool(root)))
+            # the round being averaged and the next one: what was packed, and the slices that came. At the end all of the root
+            # is in flight, when units are released.
+            end = 2 * (top + root) - sum(self._units()[1:]) if root else 0
+            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, end))
 
     def _at_the_step(self, buckets: Sequence[int]) -> int:
-        """Slices that come from other ranks, where gradients rest whole."""
+        """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""
+        whole = 0
+        if not self.states.sharded:
+            widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in self.trained]
+            whole = _top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
+            whole += 0 if self.alone else whole // self.size
         if self.alone:
-            return 0
+            return whole
         if self.setting.shared:
-            return self._far(buckets)
+            return max(self._far(buckets), whole)
         kept = self.setting.clip or self.setting.micro_batches > 1  # all rounds go out before one is averaged
-        return sum(buckets) if kept else _pair(buckets)
+        return max(sum(buckets) if kept else _pair(buckets), whole)
 
     def _far(self, buckets: Sequence[int]) -> int:
         """Slices to and from ranks of other hosts: two buckets, sent and received."""
         return 2 * _pair(buckets) * (self.size - self.setting.here) // self.size
 
-    def _units(self) -> int:
-        """The root, the unit in use and its neighbour, whole."""
+    def _units(self) -> tuple[int, int]:
+        """The root, and the unit in use with its neighbours in the backward: one prefetched, one not released yet."""
         whole: dict[int, int] = {}
         for row in self.rows:
             whole[row.unit] = whole.get(row.unit, 0) + row.full
         root = whole.pop(0, 0)
-        return root + _pair(list(whole.values()))
+        units = list(whole.values())
+        return root, max((sum(units[k : k + 3]) for k in range(len(units))), default=0)
 
     @property
     def alone(self) -> bool:
