@@ -11,8 +11,8 @@ from torch import nn
 
 from zerolite.layout import ALIGN, Layout, Piece, Slot, aligned, cut
 from zerolite.partition import find_units
-from zerolite.plan import STAGES, make_plan, with_rows
-from zerolite.plan import Widths as W
+from zerolite.placement import STAGES, make_plan, with_rows
+from zerolite.placement import Widths as W
 
 numels = st.lists(st.integers(0, 700), min_size=1, max_size=12)
 

@@ -543,9 +543,9 @@ def test_a_destroyed_group_is_a_clear_error():
 
 
 def train_scattered(rank, runs):
-    import zerolite.plan
+    import zerolite.placement
 
-    zerolite.plan.SCATTER_RANKS = 2
+    zerolite.placement.SCATTER_RANKS = 2
     results = [train(None, rank, run) for run in runs]
     model, optimizer = make(runs[0], None)
     before = dict(optimizer._parts.comm.ledger.calls)

@@ -33,7 +33,7 @@ from zerolite.comm.shared import Home
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
-from zerolite.plan import Plan, Widths
+from zerolite.placement import Plan, Widths
 from zerolite.update import Rule, State, Target
 
 

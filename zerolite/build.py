@@ -13,15 +13,14 @@ from torch import nn
 from zerolite.bucket import Bucket, Entry, rest_dtype
 from zerolite.comm import Comm
 from zerolite.comm.lane import LaneSpec
-from zerolite.comm.shared import share_host
+from zerolite.comm.shared import SharedComm, share_host
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
 from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
-from zerolite.layout import cut
-from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
-from zerolite.plan import Plan, Widths, make_plan, with_rows
+from zerolite.partition import DTYPES, UnitSpec, beside, check_model, check_parameter, cut_buckets, find_units, names_of
+from zerolite.placement import Plan, Setting, Widths, make_plan, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule, make_rule
@@ -56,6 +55,7 @@ class Built:
     model: nn.Module | None
     checked: Checked
     owner: dict[int, Unit]  # id(bucket) -> unit
+    here: int  # ranks on this host
 
     def __post_init__(self) -> None:
         self._slots: list[tuple[dict[str, Any], str, Entry]] = []
@@ -77,10 +77,18 @@ class Built:
     def plan(self) -> Plan:
         """The plan with the present buckets."""
         rows = []
+        numbers: dict[int, int] = {}  # units from 1, the root is 0
+        for unit in self.owner.values():
+            numbers.setdefault(id(unit), 0 if unit.is_root else len(numbers) + 1)
         for bucket in self.buckets:
             layout, param, rest, trained = bucket.row
-            rows.append((layout, Widths(param, rest + self.rule.width, self.rule.group_width), trained))
-        return with_rows(self.checked.plan, rows)
+            widths = Widths(param, rest + self.rule.width, self.rule.group_width, rest)
+            rows.append((layout, widths, trained, numbers.get(id(self.owner.get(id(bucket))), 0)))
+        covered = {entry.param for entry in self.entries if entry.bucket is not None}
+        outside = [entry.param for entry in self.entries]
+        shared = isinstance(self.comm, SharedComm)
+        setting = Setting(here=self.here, shared=shared, beside=beside(self.model, outside, covered, self.checked.dtype))
+        return with_rows(self.checked.plan, rows, setting)
 
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""
@@ -133,7 +141,8 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
         raise problem
     assert checked is not None
     _compare(shared, comm)
-    return _make(checked, model, share_host(comm, hosts))
+    here = sum(host == host_identity()[0] for host, _ in hosts)
+    return _make(checked, model, share_host(comm, hosts), here)
 
 
 def _share_cores(hosts: list[tuple[str, int]]) -> None:
@@ -242,7 +251,7 @@ def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
         raise ValueError(f"ranks differ: rank 0 describes {len(first)} things, rank {rank} {len(lines)}.")
 
 
-def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
+def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:
     plan, entries = checked.plan, checked.entries
     reducer = Reducer(plan, comm, checked.device)
     by_param = {entry.param: entry for entry in entries}
@@ -266,7 +275,7 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm) -> Built:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
-    built = Built(comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner)
+    built = Built(comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner, here)
     for entry in entries:
         if entry.bucket is not None and entry.bucket.trained:
             _listen(built, entry)
@@ -302,20 +311,11 @@ def _copy_from_rank_0(tensor: torch.Tensor, what: str, comm: Comm) -> None:
 
 
 def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[Bucket]:
-    """Buckets of one unit: parameters of one dtype, trained or frozen, in order."""
-    kinds: dict[tuple[torch.dtype, bool], list[Entry]] = {}
-    for entry in members:
-        kinds.setdefault((entry.param.dtype, entry.param.requires_grad), []).append(entry)
+    """Buckets of one unit, as partition.cut_buckets says."""
     buckets: list[Bucket] = []
-    for (dtype, trained), group in kinds.items():
-        target = checked.dtype or dtype
-        limit = max(checked.limit // torch.finfo(target).bits * 8, 1)
-        position = 0
-        for layout in cut([(entry.name, entry.param.numel()) for entry in group], comm.size, limit):
-            part = group[position : position + len(layout.slots)]
-            position += len(layout.slots)
-            label = f"{name} {len(buckets)}"
-            buckets.append(Bucket(label, layout, part, checked.plan, comm, target, trained))
+    for spec in cut_buckets([(entry.name, entry.param) for entry in members], comm.size, checked.dtype, checked.limit):
+        part = [members[k] for k in spec.members]
+        buckets.append(Bucket(f"{name} {len(buckets)}", spec.layout, part, checked.plan, comm, spec.dtype, spec.trained))
     return buckets
 
 

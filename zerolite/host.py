@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -26,6 +27,28 @@ def _quota(cores: int) -> int:
         return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
     except (OSError, ValueError):
         return cores
+
+
+def usable_memory() -> tuple[int, int]:
+    """Bytes of memory that this process may have: free for use now, and in all (the host's, at most its cgroup's)."""
+    values = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, value = line.split(":")
+            values[name] = int(value.split()[0]) << 10
+    total = values.get("MemTotal", 1 << 62)
+    free = values.get("MemAvailable", total)
+    root = Path("/sys/fs/cgroup")
+    for limit, usage, stat in (
+        (root / "memory.max", root / "memory.current", root / "memory.stat"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes", root / "memory/memory.stat"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such cgroup: the host's
+            most = int(limit.read_text())
+            cache = dict(line.split() for line in stat.read_text().splitlines())
+            used = int(usage.read_text()) - int(cache.get("inactive_file", 0))
+            total, free = min(total, most), min(free, max(most - used, 0))
+    return free, total
 
 
 def trim_heap() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zerolite.bucket import Bucket
-from zerolite.plan import TERMS, Plan
+from zerolite.placement import TERMS, Plan
 
 #: Finer terms by term of the plan, in the order in which they are shown.
 FINE = {"params": ("params", "units"), "grads": ("grads", "flight"), "states": ("master", "moments")}

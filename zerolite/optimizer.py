@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zerolite import checkpoint
+from zerolite.auto import settle
 from zerolite.bucket import Bucket, Entry
 from zerolite.build import Built, build, late_buckets
 from zerolite.comm import Comm
 from zerolite.comm.group import GroupComm
 from zerolite.comm.local import LocalComm
 from zerolite.memory import Memory, measure
-from zerolite.plan import Plan
+from zerolite.placement import Plan
+from zerolite.planner import DEFAULT_BUCKET_MB
 from zerolite.update import Target
 from zerolite.whole import full_params
-
-DEFAULT_BUCKET_MB = 25.0
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -33,7 +34,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         optimizer: a torch.optim.Optimizer whose update is elementwise. Adam and AdamW run on the fused
             kernels; others run their own `step` on this rank's shard, in fp32. Its param_groups stay in use.
         model: the module that owns the parameters; needed for stage 3, names errors and checkpoints elsewhere.
-        stage: 0 nothing is sharded, 1 optimizer states, 2 gradients too, 3 parameters too.
+        stage: 0 nothing is sharded, 1 optimizer states, 2 gradients too, 3 parameters too;
+            "auto": the fastest that fits in the memory that is free, and `plan` says why.
         offload: None, "states" (states and gradients at rest count as host memory) or "all" (parameters too; stage 3).
         param_dtype: compute dtype, e.g. torch.bfloat16. An fp32 parameter keeps its low bits in the optimizer.
         moments: storage of Adam's moments, "fp32"; "bf16" and "int8" round them to 2 and 1 bytes each (Adam, AdamW).
@@ -53,7 +55,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         model: nn.Module | None = None,
         *,
-        stage: int = 2,
+        stage: int | str = 2,
         offload: str | None = None,
         param_dtype: torch.dtype | None = None,
         moments: str = "fp32",
@@ -71,7 +73,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "units": tuple(units) if units is not None else None,
             "bucket_mb": bucket_mb,
         }
+        options, reasons = settle(optimizer, model, options, comm)
         built = build(optimizer, model, options, comm)
+        built.checked.plan = replace(built.checked.plan, reasons=reasons)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._inner = optimizer
         self.param_groups = optimizer.param_groups

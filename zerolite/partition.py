@@ -6,11 +6,13 @@ outermost ModuleList or Sequential is a unit (the blocks of a transformer), and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from zerolite.layout import Layout, cut
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +67,36 @@ def find_units(model: nn.Module, classes: Iterable[type[nn.Module]] | None) -> l
     return [unit for unit in [root, *units] if unit.params]
 
 
+@dataclass(frozen=True)
+class BucketSpec:
+    """Parameters of one unit that make a bucket: `members` are positions in the unit's list."""
+
+    layout: Layout
+    members: list[int]
+    dtype: torch.dtype  # compute dtype
+    trained: bool
+
+
+def cut_buckets(params: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dtype | None, limit: int) -> list[BucketSpec]:
+    """Buckets of one unit: parameters of one dtype, trained or frozen, in order.
+
+    `dtype` is the compute dtype (None: each parameter's own), `limit` the bytes of a bucket. Looks at no value, so what is
+    planned from shapes alone is what is built.
+    """
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for index, (_, p) in enumerate(params):
+        kinds.setdefault((p.dtype, p.requires_grad), []).append(index)
+    specs: list[BucketSpec] = []
+    for (own, trained), members in kinds.items():
+        target = dtype or own
+        position = 0
+        elements = max(limit // torch.finfo(target).bits * 8, 1)
+        for layout in cut([(params[k][0], params[k][1].numel()) for k in members], size, elements):
+            specs.append(BucketSpec(layout, members[position : position + len(layout.slots)], target, trained))
+            position += len(layout.slots)
+    return specs
+
+
 def names_of(model: nn.Module | None, groups: list[dict]) -> dict[nn.Parameter, str]:
     """A name for each parameter: the model's, the optimizer's own (named parameters), or its position."""
     names: dict[nn.Parameter, str] = {}
@@ -76,6 +108,17 @@ def names_of(model: nn.Module | None, groups: list[dict]) -> dict[nn.Parameter, 
         for k, p in enumerate(group["params"]):
             names.setdefault(p, given[k] if given is not None else f"group {g} parameter {k}")
     return names
+
+
+def beside(
+    model: nn.Module | None, params: Iterable[nn.Parameter], covered: set[nn.Parameter], dtype: torch.dtype | None
+) -> int:
+    """Bytes of the model's buffers, and of parameters without a bucket (frozen ones), which rest in compute dtype."""
+    total = 0
+    for p in dict.fromkeys([*params, *(model.parameters() if model is not None else [])]):
+        if p not in covered:
+            total += p.numel() * (dtype if dtype is not None and p.dtype == torch.float32 else p.dtype).itemsize
+    return total + sum(b.numel() * b.element_size() for b in (model.buffers() if model is not None else []))
 
 
 def check_parameter(name: str, p: Tensor, device: torch.device) -> None:

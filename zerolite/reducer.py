@@ -18,7 +18,7 @@ from zerolite.comm import Comm
 from zerolite.comm.ledger import RankError
 from zerolite.gradient import Gradients
 from zerolite.kernels import exceeds_
-from zerolite.plan import Plan
+from zerolite.placement import Plan
 
 
 class Reducer:

@@ -24,11 +24,10 @@ from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.ledger import RankError
 from zerolite.comm.segment import PAGE, Segment
+from zerolite.placement import TURNS  # a rank can be one bucket ahead of the slowest
 
 if TYPE_CHECKING:
     from zerolite.comm.shared import SharedComm
-
-TURNS = 2  # regions that lanes of transient rounds share; a rank can be one bucket ahead of the slowest
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtype of a round, in its flag
 _STILL_READ = "exchange (a slot still read)"

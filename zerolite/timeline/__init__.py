@@ -170,7 +170,7 @@ class MemoryTimeline:
 def _conditions(optimizer: ZeroOptimizer) -> Recording:
     """An empty recording with all that is known at the start."""
     built, plan = optimizer._parts, optimizer.plan
-    layouts = [(layout, width.param) for layout, width, _ in plan.rows]
+    layouts = [(layout, width.param) for layout, width, *_ in plan.rows]
     largest = max((slot.numel * width for layout, width in layouts for slot in layout.slots), default=0)
     device = built.buckets[0].full.device
     rule = built.rule

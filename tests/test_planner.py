@@ -1,0 +1,189 @@
+"""Choosing a plan: sizes and counts as text, limits, refusals, rates, stage "auto" and the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from models import Net, seeded, train_on
+from models import Run as R
+from ranks import on_threads
+
+import zerolite
+from zerolite import auto, cli, rates
+from zerolite.comm.local import LocalComm
+from zerolite.shapes import Counted, model_of, parse_bytes, parse_count
+
+SLOW_LINK = {"fp32": 0.5, "bf16": 0.6, "int8": 0.7, "average": 10.0, "link": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def given_rates(tmp_path, monkeypatch):
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(SLOW_LINK))
+    monkeypatch.setenv("ZEROLITE_RATES", str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("80G", 80 * 10**9),
+        ("512GiB", 512 * 2**30),
+        ("1.5T", 15 * 10**11),
+        ("10 kb", 10**4),
+        (7, 7),
+        ("1e9", 10**9),
+        (None, None),
+    ],
+)
+def test_sizes(text, value):
+    assert parse_bytes(text, "size") == value
+
+
+@pytest.mark.parametrize("text", ["80X", "", "-1G", "1.2.3G", 0, -3, True, "0"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="device_bytes: expected a size such as '80G'"):
+        zerolite.plan(1000, device_bytes=text)
+
+
+def test_counts():
+    assert [parse_count(x) for x in ("7e9", "7B", 7e9, "350M", "1.5T")] == [7 * 10**9] * 3 + [350 * 10**6, 15 * 10**11]
+    for count in (1, 13, 1000, 7 * 10**9):
+        assert sum(p.numel() for p in Counted(count).parameters()) == count
+    assert len(Counted(7 * 10**9).blocks) == 32
+    with pytest.raises(ValueError, match=r"expected an nn.Module, a transformers config.*gpt2-xl.*got 'gpt9'"):
+        model_of("gpt9")
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"world": 0}, "world: expected a whole number of at least 1, got 0"),
+        ({"world": 6, "ranks_per_host": 4}, "ranks_per_host: expected a divisor of world=6, got 4"),
+        ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
+        ({"bucket_mb": 0}, "bucket_mb: expected more than 0"),
+        ({"stage": 4}, "stage: expected 0, 1, 2 or 3, got 4"),
+        ({"stage": 2, "offload": "all"}, "needs sharded parameters"),
+        ({"stage": 2, "moments": "int4"}, "moments: expected one of 'fp32', 'bf16', 'int8', got 'int4'"),
+        ({"param_dtype": torch.int8}, "param_dtype: expected None"),
+    ],
+)
+def test_options_that_are_wrong(options, words):
+    with pytest.raises(ValueError, match=words):
+        zerolite.plan(10**6, **options)
+
+
+def test_configs_names_and_modules_agree(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=100)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    plans = [zerolite.plan(source, world=2, stage=3) for source in (config, str(tmp_path), tmp_path / "config.json", model)]
+    assert all(plan == plans[0] for plan in plans)
+    assert zerolite.plan("gpt2", stage=0).numel == 124_439_808
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    assert zerolite.plan(config, stage=0, batch={"input_ids": tokens, "labels": tokens}).setting.activations > 0
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"other.json: expected a transformers config with a 'model_type', got '\[1\]'"):
+        zerolite.plan(tmp_path / "other.json")
+
+
+def test_a_config_without_transformers_names_the_cure(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers, or plan from a count"):
+        zerolite.plan("gpt2")
+
+
+def test_auto_takes_the_fastest_that_fits_and_says_why():
+    free = zerolite.plan(10**9, world=4)
+    assert free.stage == 1 and "no limit was given" in free.notes[0]  # no message between ranks of a host
+    tight = zerolite.plan(10**9, world=4, host_bytes=free.host_peak - 1)
+    assert tight.stage != free.stage and tight.host_peak < free.host_peak
+    assert any("passed over: stage 1" in note and "bytes of host memory missing" in note for note in tight.notes)
+    assert "chosen:" in str(tight)
+    rounded = zerolite.plan(10**9, world=4, host_bytes="15G", moments="auto")
+    assert rounded.host_peak <= 15 * 10**9 and rounded.at_rest("states") < tight.at_rest("states")
+
+
+def test_what_cannot_fit_is_refused_with_the_three_nearest():
+    with pytest.raises(ValueError) as caught:
+        zerolite.plan("7B", world=8, stage=0, device_bytes="80G", host_bytes="512G", param_dtype=torch.bfloat16)
+    text = str(caught.value)
+    assert "stage 0 on 8 rank(s) does not fit: device memory: expected at most 80,000,000,000 bytes a rank" in text
+    assert "missing" in text and text.split("The nearest that fit: ")[1].count(";") == 2 and "stage 1" in text
+    with pytest.raises(ValueError, match=r"The nearest that fit: stage [0-9].* with [0-9]+ ranks"):
+        zerolite.plan("7B", world=2, device_bytes="8G", host_bytes="8G", param_dtype=torch.bfloat16)
+
+
+def test_rates_are_measured_once_and_cached(tmp_path, monkeypatch, given_rates):
+    monkeypatch.delenv("ZEROLITE_RATES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    start = time.process_time()
+    first = rates.rates()
+    assert time.process_time() - start < 10  # processor time of all threads; about 1 s by the clock
+    monkeypatch.setattr(rates, "measure", lambda: pytest.fail("measured twice"))
+    assert rates.rates() == first and rates.cache_path().is_file()
+    monkeypatch.setattr(rates, "measure", lambda: first)
+    rates.cache_path().write_text("{")
+    assert rates.rates() == first and rates.read(rates.cache_path()) == first
+    monkeypatch.setenv("ZEROLITE_RATES", str(given_rates))
+    assert rates.rates().link == 0.5
+    given_rates.write_text('{"link": 0}')
+    with pytest.raises(ValueError, match=r"expected numbers for .*Delete the file"):
+        rates.rates()
+
+
+def test_auto_in_an_optimizer_is_the_same_on_every_rank_and_gives_the_same_bits():
+    results = on_threads(2, train_on, R(stage="auto", dtype=torch.bfloat16))
+    for result, expected in zip(results, on_threads(2, train_on, R(stage=2, dtype=torch.bfloat16)), strict=True):
+        assert all(torch.equal(value, expected["params"][name]) for name, value in result["params"].items())
+
+    def body(comm):
+        model = seeded(Net)
+        return zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage="auto", process_group=comm).plan
+
+    plans = on_threads(2, body)
+    assert plans[0] == plans[1] and any("chosen: stage" in note for note in plans[0].notes)
+
+
+@pytest.mark.parametrize("stage,free,total", [("auto", 1000, 10**12), (1, 10**12, 1000)])
+def test_an_optimizer_that_cannot_fit_is_refused_before_anything_changes(stage, free, total, monkeypatch):
+    monkeypatch.setattr(auto, "usable_memory", lambda: (free, total))
+    model = seeded(Net)
+    places = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"does not fit: host memory: .* missing"):
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, process_group=LocalComm())
+    assert places == [p.data_ptr() for p in model.parameters()]
+
+
+def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
+    pytest.importorskip("transformers")
+    assert cli.main(["plan", "gpt2-xl", "--world", "8", "--device-mem", "8G", "--host-mem", "512G"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("<- recommended") == 1 and "no: device lacks" in text and "1,557,611,200 parameters in bfloat16" in text
+    rows = [line for line in text.splitlines() if line.lstrip()[:1].isdigit() and "B  " in line]
+    assert len({line.index("  ", 60) > 0 for line in rows}) == 1 and all(len(line) <= 128 for line in text.splitlines())
+    assert cli.main(["plan", "gpt2-xl", "--world", "8", "--device-mem", "8G", "--host-mem", "512G", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["plans"]) == 27 and [p["recommended"] for p in found["plans"]].count(True) == 1
+    best = next(p for p in found["plans"] if p["recommended"])
+    plan = zerolite.plan("gpt2-xl", world=8, stage=best["stage"], device="cuda", param_dtype=torch.bfloat16)
+    assert best["bytes_peak"] == plan.bytes_peak and best["bytes_at_rest"] == plan.bytes_at_rest
+
+
+def test_the_command_line_says_what_is_wrong(capsys):
+    assert cli.main(["plan", "--params", "7e9", "--host-mem", "1G"]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
+    for arguments, words in [
+        ([], "expected one of a name or path, --config or --params, got 0"),
+        (["--params", "x"], "parameters: expected a count"),
+        (["--params", "7e9", "--host-mem", "1Q"], "--host-mem: expected a size"),
+        (["--params", "7e9", "--batch", "4"], "--batch: expected rows x length"),
+        (["no-such-model"], "expected an nn.Module"),
+    ]:
+        assert cli.main(["plan", *arguments]) == 2
+        assert words in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""The plan of a ZeroOptimizer about to be built: stage "auto", and the refusal of what cannot fit on these hosts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from zerolite.comm import Comm
+from zerolite.comm.group import GroupComm
+from zerolite.host import identity as host_identity
+from zerolite.host import usable_memory
+from zerolite.partition import names_of
+from zerolite.placement import Plan, Setting, is_auto
+from zerolite.planner import DoesNotFit, Limits, Question, choose
+
+
+def settle(
+    optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The options with stage "auto" replaced, and why (a collective: rank 0's rates and choice count for all).
+
+    Raises DoesNotFit on every rank: for "auto" where nothing fits in the memory that is free now, for a given stage where
+    it needs more than its host has in all.
+    """
+    free, total = usable_memory()
+    params = list(model.parameters()) if isinstance(model, nn.Module) else []
+    held = sum(p.numel() * p.element_size() for p in params if not p.is_meta)
+    facts = comm.share((host_identity()[0], free, total, held), "set-up memory")
+    outcome: tuple[str, Any, tuple[str, ...]] | None = None
+    if comm.rank == 0:
+        try:
+            chosen = _decide(optimizer, model, options, comm, facts)
+            outcome = ("stage", chosen.stage, chosen.reasons)
+        except DoesNotFit as error:
+            outcome = ("refused", str(error), ())
+        except Exception as error:  # build() says it better; "auto" cannot go on
+            outcome = ("failed", f"{error}", ()) if is_auto(options["stage"]) else None
+    outcome = comm.share(outcome, "set-up plan")[0]
+    if outcome is not None and outcome[0] == "refused":
+        raise DoesNotFit(outcome[1])
+    if not is_auto(options["stage"]):
+        return options, ()
+    if outcome is not None and outcome[0] == "failed":
+        raise ValueError(f"stage='auto': {outcome[1]}")
+    return {**options, "stage": outcome[1] if outcome is not None else options["stage"]}, outcome[2] if outcome else ()
+
+
+def _decide(
+    optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm, facts: list[tuple[str, int, int, int]]
+) -> Plan:
+    """The plan of these options on this host, within what is free (auto) or there at all."""
+    auto = is_auto(options["stage"])
+    hosts: dict[str, list[tuple[int, int, int]]] = {}
+    for name, *values in facts:
+        hosts.setdefault(name, []).append((values[0], values[1], values[2]))
+    # what a rank's model holds now is counted in the plan, so it is not taken
+    room = min(min(r[0 if auto else 1] for r in ranks) + auto * sum(r[2] for r in ranks) for ranks in hosts.values())
+    here = max(len(ranks) for ranks in hosts.values())
+    names = names_of(model, optimizer.param_groups)
+    params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+    shared = isinstance(comm, GroupComm) and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
+    question = Question(model, params, optimizer, options, comm.size, Setting(here, shared))
+    return choose(question, options["stage"], options["offload"], options["moments"], Limits(host=room))

@@ -1,0 +1,183 @@
+"""The command line: `zerolite plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zerolite.cost import show_ms
+from zerolite.placement import Plan, choices
+from zerolite.planner import DEFAULT_BUCKET_MB, Candidate, Limits, Question, explain, question_of
+from zerolite.rates import rates
+from zerolite.shapes import NAMES, parse_bytes, parse_count
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 where something fits, 1 where nothing does, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(prog="zerolite", description="ZeRO for any PyTorch program by one line.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    options = commands.add_parser(
+        "plan",
+        help="which stages, offloads and moments fit, and which is the fastest",
+        description="Plans memory without allocating it: a table of stages, offloads and moments, what fits, what is fastest.",
+        epilog=f"Known names: {', '.join(NAMES)}. Sizes: 80G is 80e9 bytes, 80GiB is 80 * 2^30.",
+    )
+    options.add_argument("model", nargs="?", help="a known name, or the path of a transformers config.json or of its folder")
+    options.add_argument("--config", metavar="PATH", help="the path of a transformers config.json")
+    options.add_argument("--params", metavar="N", help="a number of parameters instead: 7e9, 7B")
+    options.add_argument("--world", type=int, default=1, metavar="N", help="ranks (1)")
+    options.add_argument("--ranks-per-host", type=int, metavar="N", help="ranks of one host (all)")
+    options.add_argument("--device", choices=("cpu", "cuda"), help="cuda where --device-mem is given, else cpu")
+    options.add_argument("--device-mem", metavar="SIZE", help="memory of each rank's device")
+    options.add_argument("--host-mem", metavar="SIZE", help="memory of one host")
+    options.add_argument("--dtype", choices=DTYPES, default="bf16", help="compute dtype of the parameters (bf16)")
+    options.add_argument("--bucket-mb", type=float, default=DEFAULT_BUCKET_MB, metavar="MIB", help="size of a bucket (25)")
+    options.add_argument("--micro-batches", type=int, default=1, metavar="K", help="backward passes before a step (1)")
+    options.add_argument("--batch", metavar="BxT", help="token ids of this shape, e.g. 4x1024: adds activations")
+    options.add_argument("--json", action="store_true", help="the same as JSON")
+    args = parser.parse_args(arguments)
+    try:
+        return _plan(args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"zerolite plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(args: argparse.Namespace) -> int:
+    given = [value for value in (args.model, args.config, args.params) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"expected one of a name or path, --config or --params, got {len(given)}. Try: zerolite plan gpt2-xl")
+    limits = Limits(parse_bytes(args.device_mem, "--device-mem"), parse_bytes(args.host_mem, "--host-mem"))
+    device = args.device or ("cpu" if limits.device is None else "cuda")
+    if device == "cpu" and limits.device is not None:
+        raise ValueError("--device-mem: expected --device cuda, got cpu, where all memory is --host-mem")
+    question, what = question_of(
+        parse_count(args.params) if args.params is not None else given[0],
+        world=args.world,
+        ranks_per_host=args.ranks_per_host,
+        device=device,
+        param_dtype=DTYPES[args.dtype],
+        bucket_mb=args.bucket_mb,
+        micro_batches=args.micro_batches,
+        batch=None if args.batch is None else _tokens(args.batch),
+    )
+    found = rates()
+    ways = choices(True, device, whole=False)
+    ranked = question.candidates(ways, question.kinds, limits, found)
+    fits = [candidate for candidate in ranked if not candidate.missing]
+    exact = [candidate for candidate in fits if candidate.moments == "fp32"]
+    best = next(iter(exact or fits), None)  # rounded moments only where exact ones do not fit
+    shown = sorted(ranked, key=lambda c: (list(question.kinds).index(c.moments), ways.index((c.plan.stage, c.plan.offload))))
+    if args.json:
+        print(json.dumps(_json(question, what, limits, shown, best), indent=1))
+    else:
+        print(_text(question, what, limits, shown, best))
+    return 0 if best is not None else 1
+
+
+def _tokens(text: str) -> dict[str, torch.Tensor]:
+    try:
+        rows, length = (int(part) for part in text.lower().split("x"))
+        ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+    except (ValueError, RuntimeError):
+        raise ValueError(f"--batch: expected rows x length such as 4x1024, got {text!r}") from None
+    return {"input_ids": ids, "labels": ids}
+
+
+def size_text(value: int) -> str:
+    """Bytes in units of 1000, three digits."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+        value /= 1000  # type: ignore[assignment]
+    raise AssertionError
+
+
+def _text(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> str:
+    setting, world = question.setting, question.world
+    on_cpu = setting.device == "cpu"
+    limit = [f"{name} {size_text(v)}" for name, v in (("device", limits.device), ("host", limits.host)) if v is not None]
+    lines = [
+        f"{what}: {sum(p.numel() for _, p in question.params):,} parameters in {question.options['param_dtype']}".replace(
+            "torch.", ""
+        ),
+        f"{world} {'CPU' if on_cpu else 'GPU'} rank(s), {setting.here} a host; memory: {', '.join(limit) or 'no limit given'}",
+        "",
+    ]
+    columns = ["stage", "offload", "moments", *([] if on_cpu else ["device a rank"]), "host a rank", "a host", "step"]
+    table = [[*columns, "fits"]]
+    for candidate in shown:
+        plan = candidate.plan
+        row = [str(plan.stage), plan.offload or "-", candidate.moments]
+        row += [] if on_cpu else [size_text(plan.used("device"))]
+        row += [size_text(plan.used("host")), size_text(plan.host_peak), show_ms(candidate.seconds)]
+        short = ", ".join(f"{home} lacks {size_text(value)}" for home, value in candidate.missing.items())
+        table.append([*row, f"no: {short}" if short else "yes  <- recommended" if candidate is best else "yes"])
+    widths = [max(len(row[k]) for row in table) for k in range(len(columns))]
+    for row in table:
+        lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[-1]}")
+    lines += ["", "Bytes are the peak of a step. 'step' models update and communication alone, to rank plans by."]
+    if not on_cpu:
+        lines.append(
+            "GPU rows are a forecast: this version trains on CPU ranks, and rates of the GPU are assumed (ZEROLITE_RATES)."
+        )
+    if setting.activations is None:
+        lines.append("Activations are not counted (--batch 4x1024 adds them).")
+    if best is None:
+        return "\n".join([*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller."])
+    return "\n".join([*lines, "", *_details(best), "", _line_to_add(best, question.options["param_dtype"])])
+
+
+def _details(best: Candidate) -> list[str]:
+    """The terms of the recommended plan."""
+    lines = [f"{best.label}, in bytes:", f"{'':24}{'memory':>8}{'held':>10}{'a rank':>20}{'a host':>22}"]
+    for term in best.plan.terms:
+        if term.rank:
+            lines.append(f"{term.name:24}{term.home:>8}{term.when:>10}{term.rank:>20,}{term.host:>22,}")
+    return lines
+
+
+def _line_to_add(best: Candidate, dtype: torch.dtype) -> str:
+    offload = f", offload={best.plan.offload!r}" if best.plan.offload else ""
+    moments = f", moments={best.moments!r}" if best.moments != "fp32" else ""
+    return (
+        f"optimizer = zerolite.ZeroOptimizer(optimizer, model, stage={best.plan.stage}{offload}{moments}, param_dtype={dtype})"
+    )
+
+
+def _json(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> dict[str, Any]:
+    return {
+        "model": what,
+        "parameters": sum(p.numel() for _, p in question.params),
+        "world": question.world,
+        "ranks_per_host": question.setting.here,
+        "device": question.setting.device,
+        "device_bytes": limits.device,
+        "host_bytes": limits.host,
+        "plans": [_plan_json(candidate, candidate is best) for candidate in shown],
+        "notes": explain(best, sorted(shown, key=lambda c: c.seconds), limits) if best is not None else [],
+    }
+
+
+def _plan_json(candidate: Candidate, recommended: bool) -> dict[str, Any]:
+    plan: Plan = candidate.plan
+    return {
+        "stage": plan.stage,
+        "offload": plan.offload,
+        "moments": candidate.moments,
+        "fits": not candidate.missing,
+        "missing": candidate.missing,
+        "recommended": recommended,
+        "bytes_at_rest": plan.bytes_at_rest,
+        "bytes_peak": plan.bytes_peak,
+        "host_peak": plan.host_peak,
+        "seconds": candidate.seconds,
+        "terms": [term._asdict() for term in plan.terms if term.rank],
+    }

@@ -1,0 +1,350 @@
+"""What rests sharded, and where: ZeRO's stages as rows of a table of placements.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), section 5,
+names the stages; offload is the `home` of a placement. This is the only file that knows stage numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from zerolite.layout import ALIGN, Layout
+
+STAGES = (0, 1, 2, 3)
+OFFLOADS = (None, "states", "all")
+TERMS = ("params", "grads", "states")
+TURNS = 2  # rounds of transient gradients that are in flight at once (comm/region.py, Reducer._advance)
+FP32 = 4  # bytes of an element of a sum
+
+#: From this many ranks on, a bucket whose slices are smaller than this many bytes is reduced by the group itself: an
+#: exchange sends a message to each rank, and small messages are bound by latency.
+SCATTER_RANKS = 64
+SCATTER_BYTES = 16 << 10
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one kind of tensor rests: cut over ranks or whole, and in which memory ("device" or "host")."""
+
+    sharded: bool
+    home: str = "device"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of one element: of a parameter in compute dtype, and of all its states (remainder or master, moments)."""
+
+    param: int
+    states: int
+    group: int = 0  # bytes of states beside, for each ALIGN elements (scales)
+    rest: int = 0  # of `states`, what completes a parameter to its fp32 master: remainder or master
+
+    def states_of(self, elements: int) -> int:
+        """Bytes of the states of `elements`, a multiple of ALIGN."""
+        return elements * self.states + elements // ALIGN * self.group
+
+
+class Row(NamedTuple):
+    """One bucket of a plan."""
+
+    layout: Layout
+    widths: Widths
+    trained: bool
+    unit: int = 0  # which unit it belongs to, 0: the root
+
+    @property
+    def full(self) -> int:
+        """Bytes of the whole bucket in compute dtype."""
+        return self.layout.numel * self.widths.param
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step's memory depends on beside the placements."""
+
+    here: int = 1  # ranks on this host
+    shared: bool = False  # they share memory (comm/shared.py)
+    device: str = "cpu"  # "cpu": device memory is host memory
+    micro_batches: int = 1  # synchronised backward() calls before a step
+    clip: bool = True  # the norm of the gradients is read before the step
+    activations: int | None = None  # bytes that autograd saves for one backward, as measured
+    beside: int = 0  # bytes of frozen parameters without a bucket, and of the model's buffers
+
+
+class Term(NamedTuple):
+    """Bytes of one purpose."""
+
+    name: str
+    when: str  # "always", or only in the "backward" or in the "step"
+    home: str  # "device" or "host"
+    rank: int  # bytes of one rank
+    host: int  # bytes of all ranks of one host: less than their sum where they share memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Placements of parameters, gradients and states for a world size.
+
+    `rows` lists each bucket's layout and widths; the byte methods follow from them and the setting alone. The
+    formulas of `terms` are written out in docs/plan.md.
+    """
+
+    stage: int
+    offload: str | None
+    size: int
+    params: Placement
+    grads: Placement
+    states: Placement
+    rows: tuple[Row, ...] = ()
+    setting: Setting = Setting()
+    reasons: tuple[str, ...] = ()  # why this one was chosen
+
+    def at_rest(self, term: str) -> int:
+        """Bytes of one rank that "params", "grads" (after backward, before step) or "states" hold at rest."""
+        total = 0
+        placement: Placement = getattr(self, term)
+        for layout, width, trained, _ in self.rows:
+            elements = layout.shard if placement.sharded else layout.numel
+            if term == "params":
+                total += elements * width.param
+            elif trained:
+                total += elements * width.param if term == "grads" else width.states_of(elements)
+        return total
+
+    @property
+    def bytes_at_rest(self) -> dict[str, int]:
+        """Bytes at rest of one rank, by term."""
+        return {term: self.at_rest(term) for term in TERMS}
+
+    @property
+    def master_bytes(self) -> int:
+        """Of the states of one rank, what completes parameters to fp32: int16 remainder or fp32 master."""
+        return sum(self._range(row) * row.widths.rest for row in self.trained)
+
+    @property
+    def trained(self) -> list[Row]:
+        """Buckets with gradients and states."""
+        return [row for row in self.rows if row.trained]
+
+    def _range(self, row: Row) -> int:
+        """Elements that one rank updates."""
+        return row.layout.shard if self.states.sharded else row.layout.numel
+
+    # ---- a step's peak
+
+    @property
+    def terms(self) -> list[Term]:
+        """Every use of memory, at rest and within a step."""
+        found = [self._params()]
+        if self.setting.beside:
+            found.append(self._term("buffers, frozen", "always", "device", self.setting.beside))
+        found.append(self._term("master", "always", self.states.home, self.master_bytes))
+        found.append(self._term("moments", "always", self.states.home, self.at_rest("states") - self.master_bytes))
+        found.append(self._term("gradients", "always", self.grads.home, self.at_rest("grads")))
+        found += self._transient()
+        if self.setting.activations is not None:
+            found.append(self._term("activations", "backward", "device", self.setting.activations))
+        return found
+
+    def _term(self, name: str, when: str, home: str, rank: int) -> Term:
+        return Term(name, when, "host" if self.setting.device == "cpu" else home, rank, rank * self.setting.here)
+
+    def _params(self) -> Term:
+        term = self._term("parameters", "always", self.params.home, self.at_rest("params"))
+        once = self.setting.shared and self.states.sharded and not self.params.sharded  # Home: once a host
+        return term._replace(host=term.rank) if once else term
+
+    def _transient(self) -> Iterator[Term]:
+        buckets = [row.full for row in reversed(self.trained)]  # in the order in which they go out
+        if self.setting.micro_batches > 1:
+            yield self._term("sums of micro-batches", "always", self.grads.home, self._sums())
+        if self.grads.sharded:
+            yield from self._in_flight(buckets)
+        else:
+            yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
+        if self.params.sharded and not self._home:
+            yield self._term("units in use", "backward", "device", sum(self._units()))
+        if self.setting.device != "cpu" and self.states.home == "host" and self.params.home == "device":
+            # the update needs the compute-dtype half beside the states, and it is what travels back
+            half = sum(self._range(row) * row.widths.param for row in self.trained)
+            yield self._term("publish", "always", "host", half)
+
+    @property
+    def _home(self) -> bool:
+        """Whether a host's ranks hold all parameters in one home, so that a gather copies nothing."""
+        return self.setting.shared and self.setting.here == self.size
+
+    def _sums(self) -> int:
+        """Averages of earlier rounds, fp32 from the second on; where gradients rest sharded they replace those of one round."""
+        wide = self.grads.sharded or self.setting.shared or self.setting.micro_batches > 2
+        return sum(
+            row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * self.grads.sharded)
+            for row in self.trained
+        )
+
+    def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
+        """Buckets between autograd and the average, where rounds go out as they are complete."""
+        top, pair = _top(buckets), _pair(buckets)
+        # where parameters rest sharded, the root's gradients wait for the end of the backward, whenever they come
+        root = sum(row.full for row in self.trained if row.unit == 0) if self.params.sharded else 0
+        waiting = top + root  # and the bucket that is being filled: gradients as autograd gave them
+        if self.alone:
+            # a further round is a tensor of its own; where its average grows to fp32 that is counted already
+            own = self.setting.micro_batches > 1 and not self._sums()
+            yield self._term("buckets in flight", "backward", "device", waiting + top * own)
+        elif self.setting.shared:
+            arena = sum(_top(buckets[turn::TURNS]) for turn in range(TURNS))
+            yield self._term("shared arena", "always", "host", arena)
+            yield self._term("buckets in flight", "backward", "device", waiting + self._far(buckets))
+        else:
+            # the round being averaged and the next one: what was packed, and the slices that came. At the end all of the root
+            # is in flight, when units are released.
+            end = 2 * (top + root) - sum(self._units()[1:]) if root else 0
+            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, end))
+
+    def _at_the_step(self, buckets: Sequence[int]) -> int:
+        """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""
+        whole = 0
+        if not self.states.sharded:
+            widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in self.trained]
+            whole = _top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
+            whole += 0 if self.alone else whole // self.size
+        if self.alone:
+            return whole
+        if self.setting.shared:
+            return max(self._far(buckets), whole)
+        kept = self.setting.clip or self.setting.micro_batches > 1  # all rounds go out before one is averaged
+        return max(sum(buckets) if kept else _pair(buckets), whole)
+
+    def _far(self, buckets: Sequence[int]) -> int:
+        """Slices to and from ranks of other hosts: two buckets, sent and received."""
+        return 2 * _pair(buckets) * (self.size - self.setting.here) // self.size
+
+    def _units(self) -> tuple[int, int]:
+        """The root, and the unit in use with its neighbours in the backward: one prefetched, one not released yet."""
+        whole: dict[int, int] = {}
+        for row in self.rows:
+            whole[row.unit] = whole.get(row.unit, 0) + row.full
+        root = whole.pop(0, 0)
+        units = list(whole.values())
+        return root, max((sum(units[k : k + 3]) for k in range(len(units))), default=0)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one rank: nothing moves."""
+        return self.size == 1
+
+    def used(self, home: str, peak: bool = True, host: bool = False) -> int:
+        """Bytes on "device" or "host" of one rank, or of all ranks of one host; at the peak of a step, or at rest."""
+        total = dict.fromkeys(("always", "backward", "step"), 0)
+        for term in self.terms:
+            if term.home == home:
+                total[term.when] += term.host if host else term.rank
+        return total["always"] + (max(total["backward"], total["step"]) if peak else 0)
+
+    @property
+    def bytes_peak(self) -> dict[str, int]:
+        """Bytes of one rank at the peak of a step, by memory ("device", "host"; on a CPU all is host memory)."""
+        return {home: self.used(home) for home in ("device", "host")}
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory of all ranks of one host at the peak of a step."""
+        return self.used("host", host=True)
+
+    def scatters(self, layout: Layout, width: int) -> bool:
+        """Whether a bucket of `width` bytes an element is reduced by the group's own reduce-scatter instead of an exchange."""
+        return self.size >= SCATTER_RANKS and layout.shard * width < SCATTER_BYTES
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen, by speed or by size, and why."""
+        small = [row for row in self.trained if self.scatters(row.layout, row.widths.param)]
+        if not small:
+            return list(self.reasons)
+        return [
+            *self.reasons,
+            f"{len(small)} bucket(s) are reduced by the process group (reduce-scatter in fp32): at {self.size} ranks their "
+            f"slices are smaller than {SCATTER_BYTES >> 10} KiB. The group decides the order of their sums; a larger bucket_mb "
+            "avoids it.",
+        ]
+
+    @property
+    def numel(self) -> int:
+        """Parameter elements of the whole model that the plan covers, without padding."""
+        return sum(layout.used for layout, *_ in self.rows)
+
+    def __str__(self) -> str:
+        head = f"ZeRO stage {self.stage}, offload {self.offload or 'off'}, {self.size} rank(s), {len(self.rows)} bucket(s)"
+        lines = [head, f"{'':8}{'rests':>10}{'home':>8}{'bytes a rank':>16}{'a parameter':>13}"]
+        for term in TERMS:
+            placement = getattr(self, term)
+            total = self.at_rest(term)
+            lines.append(
+                f"{term:8}{'sharded' if placement.sharded else 'whole':>10}{placement.home:>8}{total:>16,}"
+                f"{total / max(self.numel, 1):>13.3f}"
+            )
+        rank = " + ".join(f"{value:,} on the {home}" for home, value in self.bytes_peak.items() if value)
+        lines.append(f"peak of a step: {rank} a rank; {self.host_peak:,} of host memory for {self.setting.here} rank(s) a host")
+        return "\n".join(lines + self.notes)
+
+    @property
+    def label(self) -> str:
+        """Stage and offload in words."""
+        return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "")
+
+
+def _top(values: Sequence[int]) -> int:
+    return max(values, default=0)
+
+
+def _pair(values: Sequence[int]) -> int:
+    """The largest sum of two neighbours."""
+    return max((a + b for a, b in zip(values, [*values[1:], 0], strict=True)), default=0)
+
+
+def is_auto(stage: object) -> bool:
+    """Whether the planner is to choose the stage."""
+    return stage == "auto"
+
+
+def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | None]]:
+    """Stages and offloads that are alternatives, for a given offload or (True) for all; on a CPU, offload changes nothing.
+
+    whole  parameters cannot be sharded: there is no model
+    """
+    offloads: Sequence[str | None] = OFFLOADS if device != "cpu" else (None,)
+    if offload is not True:
+        offloads = [offload if offload is None else str(offload)]
+    found = [(stage, way) for stage in STAGES for way in offloads]
+    return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
+
+
+def make_plan(stage: object, offload: object, size: int) -> Plan:
+    """The placements of a ZeRO stage. Raises ValueError for an unknown stage or offload."""
+    if stage not in STAGES or isinstance(stage, bool):
+        raise ValueError(f"stage: expected 0, 1, 2 or 3, got {stage!r}. Or stage='auto', the fastest that fits.")
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload: expected None, 'states' or 'all', got {offload!r}. Did you mean offload='states'?")
+    number = int(str(stage))
+    if offload == "all" and number < 3:
+        raise ValueError(
+            f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "
+            f"stage={number}. Use stage=3 or offload='states'."
+        )
+    host = "host" if offload else "device"
+    return Plan(
+        stage=number,
+        offload=offload if offload is None else str(offload),
+        size=size,
+        params=Placement(number >= 3, "host" if offload == "all" else "device"),
+        grads=Placement(number >= 2, host),
+        states=Placement(number >= 1, host),
+    )
+
+
+def with_rows(plan: Plan, rows: Iterable[tuple], setting: Setting | None = None) -> Plan:
+    """The same plan for given buckets: (layout, widths, trained) or Row each."""
+    return replace(plan, rows=tuple(Row(*row) for row in rows), setting=plan.setting if setting is None else setting)

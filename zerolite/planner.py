@@ -1,0 +1,287 @@
+"""Plans before anything is allocated: from shapes to bytes, what fits, and which plan that fits is the fastest.
+
+A plan's rows come from the functions that lay out a ZeroOptimizer's buckets (partition.find_units, cut_buckets), so planned
+bytes at rest are the live ones. The cost of a step is modelled from measured rates (rates.py); docs/plan.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerolite.bucket import rest_dtype
+from zerolite.cost import seconds, show_ms
+from zerolite.moments import MOMENTS
+from zerolite.partition import DTYPES, UnitSpec, beside, check_model, cut_buckets, find_units, names_of
+from zerolite.placement import Plan, Row, Setting, Widths, choices, is_auto, make_plan, with_rows
+from zerolite.rates import Rates, rates
+from zerolite.shapes import activations, model_of, parse_bytes
+from zerolite.update import make_rule
+
+DEFAULT_BUCKET_MB = 25.0
+
+
+class DoesNotFit(ValueError):
+    """A plan needs more memory than there is."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that may be used: of each rank's device, and of one host by all its ranks. None: not limited."""
+
+    device: int | None = None
+    host: int | None = None
+
+    def missing(self, plan: Plan) -> dict[str, int]:
+        """What a step of `plan` lacks at its peak, by memory; empty where it fits."""
+        needs = {"device": (plan.used("device"), self.device), "host": (plan.host_peak, self.host)}
+        return {home: need - limit for home, (need, limit) in needs.items() if limit is not None and need > limit}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan among its alternatives."""
+
+    plan: Plan
+    moments: str
+    seconds: float  # of a step, beside the model's own forward and backward, as modelled
+    missing: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        return self.plan.label + (f", moments={self.moments!r}" if self.moments != "fp32" else "")
+
+
+class Question:
+    """A model and everything that its plans have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        params: list[tuple[str, nn.Parameter]],
+        optimizer: torch.optim.Optimizer | None,
+        options: dict[str, Any],
+        world: int,
+        setting: Setting,
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.optimizer = optimizer
+        self.options = options
+        self.world = world
+        self.setting = setting
+        self._cuts: dict[tuple[bool, int], list[tuple[int, Any]]] = {}
+
+    def _cut(self, sharded: bool, world: int) -> list[tuple[int, Any]]:
+        """Unit and specification of each bucket."""
+        key = (sharded, world)
+        if key not in self._cuts:
+            units = [UnitSpec("bucket", None, [(name, p) for name, p in self.params if p.requires_grad])]
+            if sharded and self.model is not None:
+                units = find_units(self.model, self.options["units"])
+            limit = max(int(self.options["bucket_mb"] * 2**20), 1)
+            self._cuts[key] = [
+                (0 if unit.module is None else number + 1, spec)
+                for number, unit in enumerate(units)
+                for spec in cut_buckets(unit.params, world, self.options["param_dtype"], limit)
+            ]
+        return self._cuts[key]
+
+    def plan(self, stage: object, offload: object, moments: str, world: int | None = None) -> Plan:
+        """One plan. Raises ValueError for a stage, offload or moments that do not exist or do not go together."""
+        plan = make_plan(stage, offload, self.world if world is None else world)
+        if plan.params.sharded and self.model is None:
+            raise ValueError(
+                "model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model)."
+            )
+        if moments not in MOMENTS:
+            raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
+        rule: Any = MOMENTS[moments]
+        width, group = rule.width, rule.group_width
+        if self.optimizer is not None:
+            rule = make_rule(self.optimizer, moments)
+            width, group = rule.width, rule.group_width
+        rows = []
+        for unit, spec in self._cut(plan.params.sharded, plan.size):
+            rest = rest_dtype(spec.dtype).itemsize if spec.trained and spec.dtype != torch.float32 else 0
+            widths = Widths(spec.dtype.itemsize, rest + width, group, rest)
+            rows.append(Row(spec.layout, widths, spec.trained, unit))
+        params = [p for _, p in self.params]
+        covered = {p for p in params if p.requires_grad or plan.params.sharded}
+        outside = beside(self.model, params, covered, self.options["param_dtype"])
+        return with_rows(plan, rows, replace(self.setting, beside=outside))
+
+    def candidates(
+        self, ways: list[tuple[int, str | None]], kinds: Iterable[str], limits: Limits, found: Rates, world: int | None = None
+    ) -> list[Candidate]:
+        """Every combination, the fastest first (of equals the lower stage, the more exact moments)."""
+        plans = [(self.plan(stage, offload, kind, world), kind) for kind in kinds for stage, offload in ways]
+        rated = [Candidate(plan, kind, seconds(plan, kind, found), limits.missing(plan)) for plan, kind in plans]
+        return sorted(rated, key=lambda candidate: candidate.seconds)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Storages of moments that the optimizer can have."""
+        adam = self.optimizer is None or type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        plain = adam and not any(g.get("amsgrad") for g in (self.optimizer.param_groups if self.optimizer else []))
+        return list(MOMENTS) if plain else ["fp32"]
+
+
+# ---- choosing
+
+
+def choose(
+    question: Question, stage: object, offload: object, moments: str, limits: Limits, found: Rates | None = None
+) -> Plan:
+    """The plan that was asked for, or the fastest that fits. Raises ValueError, with the nearest that fit, where none does.
+
+    stage "auto", offload "auto" and moments "auto" leave each to the planner.
+    """
+    free = is_auto(stage), offload == "auto", moments == "auto"
+    if not any(free):
+        plan = question.plan(stage, offload, moments)
+        missing = limits.missing(plan)
+        if missing:
+            raise DoesNotFit(_refusal(question, Candidate(plan, moments, 0.0, missing), limits, found or rates()))
+        return plan
+    kinds = question.kinds if free[2] else [moments]
+    whole = question.model is None
+    ways = choices(True if free[1] else offload, question.setting.device, whole)
+    ways = [way for way in ways if free[0] or way[0] == stage]
+    if not ways:
+        make_plan(stage, None if free[1] else offload, question.world)  # raises for what does not exist
+        raise ValueError(f"stage={stage!r}, offload={offload!r}: expected a combination that exists, and a model for stage 3.")
+    found = found or rates()
+    ranked = question.candidates(ways, kinds, limits, found)
+    best = next((candidate for candidate in ranked if not candidate.missing), None)
+    if best is None:
+        least = min(ranked, key=lambda candidate: sum(candidate.missing.values()))
+        raise DoesNotFit(_refusal(question, least, limits, found))
+    return replace(best.plan, reasons=tuple(explain(best, ranked, limits)))
+
+
+def explain(best: Candidate, ranked: list[Candidate], limits: Limits) -> list[str]:
+    """Why `best` was chosen, and why each other was passed over."""
+    limit = " and ".join(
+        f"{value:,} bytes of {home}" for home, value in (("device", limits.device), ("host", limits.host)) if value is not None
+    )
+    lines = [f"chosen: {best.label}, the fastest that fits {limit or '(no limit was given)'}: {show_ms(best.seconds)} a step"]
+    lines[0] += " beside forward and backward, as modelled from measured rates"
+    if best.plan.setting.device != "cpu":
+        lines[0] += " of the host and assumed ones of the GPU"
+    for other in ranked:
+        if other is best:
+            continue
+        if other.missing:
+            why = ", ".join(f"{value:,} bytes of {home} memory missing" for home, value in other.missing.items())
+        elif other.seconds > best.seconds:
+            why = f"slower, {show_ms(other.seconds)}"
+        else:
+            why = "not faster"
+        lines.append(f"passed over: {other.label}: {why}")
+    return lines
+
+
+def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates) -> str:
+    """What is missing, and the three nearest plans that fit: fewest changes first, then the fastest."""
+    plan = asked.plan
+    need = ", ".join(
+        f"{home} memory: expected at most {limit:,} bytes a {'rank' if home == 'device' else 'host'}, got a peak of "
+        f"{limit + asked.missing[home]:,} ({asked.missing[home]:,} missing)"
+        for home, limit in (("device", limits.device), ("host", limits.host))
+        if limit is not None and home in asked.missing
+    )
+    near: list[tuple[tuple[float, ...], str]] = []
+    ways = choices(True, question.setting.device, question.model is None)
+    for doubling in range(9):  # more ranks only where these do not do
+        world = question.world << doubling
+        for other in question.candidates(ways, question.kinds, limits, found, world):
+            changed = (other.plan.label != plan.label) + (other.moments != asked.moments) + doubling
+            if not other.missing:
+                more = f" with {world} ranks" if doubling else ""
+                near.append(((changed, other.seconds), f"{other.label}{more}"))
+        if len(near) >= 3:
+            break
+    nearest = "; ".join(text for _, text in sorted(near)[:3])
+    cure = f"The nearest that fit: {nearest}." if near else "No stage, offload or number of ranks up to 256 times as many fits."
+    return f"{asked.label} on {plan.size} rank(s) does not fit: {need}. {cure}"
+
+
+# ---- the user's function
+
+
+def question_of(
+    source: Any,
+    *,
+    world: int = 1,
+    ranks_per_host: int | None = None,
+    device: str = "cpu",
+    param_dtype: torch.dtype | None = None,
+    units: Iterable[type[nn.Module]] | None = None,
+    bucket_mb: float = DEFAULT_BUCKET_MB,
+    optimizer: torch.optim.Optimizer | None = None,
+    batch: Any = None,
+    micro_batches: int = 1,
+    clip: bool = True,
+) -> tuple[Question, str]:
+    """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
+    here = min(world, 2**30) if ranks_per_host is None else ranks_per_host
+    for name, value in (("world", world), ("ranks_per_host", here), ("micro_batches", micro_batches)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if here > world or world % here:
+        raise ValueError(f"ranks_per_host: expected a divisor of world={world}, got {here}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    if param_dtype is not None and param_dtype not in DTYPES:
+        raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {param_dtype!r}")
+    if not bucket_mb > 0:
+        raise ValueError(f"bucket_mb: expected more than 0, got {bucket_mb!r}")
+    model, what = model_of(source)
+    check_model(model)
+    params: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
+    if optimizer is not None:
+        names = names_of(model, optimizer.param_groups)
+        params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+    shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
+    saved = None if batch is None else activations(model, batch, param_dtype)
+    setting = Setting(here, shared, device, micro_batches, clip, saved)
+    options = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
+    return Question(model, params, optimizer, options, world, setting), what
+
+
+def plan(
+    source: Any,
+    *,
+    stage: int | str = "auto",
+    offload: str | None = None,
+    moments: str = "fp32",
+    device: str | None = None,
+    device_bytes: int | str | None = None,
+    host_bytes: int | str | None = None,
+    **options: Any,
+) -> Plan:
+    """Plans memory without allocating: plan(model or meta model or config or name or count, world=8, ...).
+
+    Args:
+        source: an nn.Module (also on the meta device), a transformers config, the path of a config.json, a name such as
+            "gpt2-xl", or a number of parameters.
+        stage: 0, 1, 2, 3, or "auto": the fastest that fits.
+        offload: None, "states", "all" or "auto".
+        moments: "fp32", "bf16", "int8", or "auto" (which may take rounded ones).
+        device: "cpu" or "cuda"; by default "cuda" where device_bytes is given.
+        device_bytes: limit of each rank's device memory, a number or e.g. "80G"; None: unlimited.
+        host_bytes: limit of one host's memory for all its ranks.
+        options: world=1, ranks_per_host=None (all on one host), param_dtype=None, units=None, bucket_mb=25.0,
+            optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True.
+
+    Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
+    """
+    limits = Limits(parse_bytes(device_bytes, "device_bytes"), parse_bytes(host_bytes, "host_bytes"))
+    question, _ = question_of(source, device=device or ("cpu" if limits.device is None else "cuda"), **options)
+    return choose(question, stage, offload, moments, limits)
