@@ -4,8 +4,10 @@ optimizer = zerolite.ZeroOptimizer(optimizer, model, stage=2)
 """
 
 from zerolite.comm.ledger import RankError
+from zerolite.meta import meta_init
 from zerolite.optimizer import ZeroOptimizer
 from zerolite.plan import Plan
+from zerolite.pretrained import load_pretrained
 from zerolite.version import __version__
 
-__all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__"]
+__all__ = ["Plan", "RankError", "ZeroOptimizer", "__version__", "load_pretrained", "meta_init"]

@@ -78,8 +78,11 @@ def names_of(model: nn.Module | None, groups: list[dict]) -> dict[nn.Parameter, 
     return names
 
 
-def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
-    """Raises TypeError or ValueError for a parameter that cannot be partitioned."""
+def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool = False) -> None:
+    """Raises TypeError or ValueError for a parameter that cannot be partitioned.
+
+    fillable  on the meta device it is accepted: a module of the model says what it begins with
+    """
     if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor"):
         raise TypeError(
             f"parameter '{name}': expected a plain parameter, got a DTensor, which FSDP or tensor parallelism has sharded "
@@ -90,10 +93,12 @@ def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
             f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
             "optimizer's param groups."
         )
+    if p.is_meta and fillable:
+        return
     if p.is_meta:
         raise ValueError(
-            f"parameter '{name}': expected a tensor with values, got one on the meta device. Call model.to_empty(device=...) "
-            "and initialise it first."
+            f"parameter '{name}': expected a tensor with values, got one on the meta device. Pass the model whose modules "
+            "initialise it when ZeroOptimizer is built, or call model.to_empty(device=...) and initialise it first."
         )
     if p.device.type != "cpu":
         raise NotImplementedError(
