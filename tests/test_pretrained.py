@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +225,266 @@ def load_all(rank, path, state):
 def test_loading_on_processes(size, env, tmp_path):
     path, state = save_net(tmp_path, shards=2)
     assert on_processes(size, load_all, path, state, env=env) == [[(True, True)] * 6] * size
+
+
+def llama(tied=False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    )
+
+
+MODELS = {"llama": llama, "llama tied": lambda: llama(True), "gpt2": gpt2}
+
+
+def train_transformer(rank, model):
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = zerolite.ZeroOptimizer(inner, model, stage=3, param_dtype=torch.bfloat16)
+    return optimizer, lambda: transformer_steps(rank, model, optimizer)
+
+
+def transformer_steps(rank, model, optimizer):
+    for step in range(2):
+        model(input_ids=tokens_for(step, 0, rank), labels=tokens_for(step, 0, rank)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: v.clone() for k, v in model.state_dict().items()}, optimizer.full_state()
+
+
+def load_transformers(rank, path):
+    """For each model: eager from_pretrained against a meta model that is filled from the same directory."""
+    found = []
+    for name, build in MODELS.items():
+        eager = seeded(build, 3)
+        if rank == 0:
+            eager.save_pretrained(path / name, max_shard_size="8KB")
+        torch.distributed.barrier()
+        eager = type(eager).from_pretrained(path / name, dtype=torch.float32)
+        _, train = train_transformer(rank, eager)
+        first = train()
+        model = on_meta(build)  # initialised by transformers' own _init_weights, then loaded
+        optimizer, train = train_transformer(rank, model)
+        with optimizer.full_params():
+            finite = all(bool(p.isfinite().all()) for p in model.parameters())
+            spread = model.get_input_embeddings().weight.float().std().item()
+        zerolite.load_pretrained(model, path / name)
+        found.append(
+            (name, len(list((path / name).glob("*.safetensors"))) > 1, finite, 0.015 < spread < 0.025, equal(first, train()))
+        )
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_models_from_sharded_directories(tmp_path):
+    pytest.importorskip("transformers")
+    expected = [(name, True, True, True, True) for name in MODELS]
+    assert on_processes(2, load_transformers, tmp_path, timeout=60) == [expected] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformers_model_under_torch_device_meta():
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = llama()
+    eager = seeded(llama)
+    build(model)
+    angles = dict(eager.named_buffers())
+    assert angles and all(torch.equal(buffer, angles[name]) for name, buffer in model.named_buffers())
+
+
+# ---- what does not fit
+
+
+def test_names_shapes_and_dtypes_that_do_not_fit(tmp_path):
+    path, state = save_net(tmp_path)
+    model = on_meta(Net, init=False)
+    build(model)
+    cases = [
+        ({"norm.bias": None}, r"1 expected, and not in the files: norm\.bias\."),
+        ({"wild": torch.ones(2)}, r"1 in the files, and not expected: wild\."),
+        ({"norm.bias": torch.ones(2)}, r"'norm\.bias': expected shape \(13,\), got \(2,\)"),
+        ({"norm.bias": torch.ones(13, dtype=torch.int32)}, r"'norm\.bias': expected values for torch\.float32, got I32"),
+    ]
+    for change, text in cases:
+        st.save_file({k: v for k, v in {**state, **change}.items() if v is not None}, path)
+        with pytest.raises(ValueError, match=text + r".*strict=False"):
+            zerolite.load_pretrained(model, path)
+        assert model.state_dict()["norm.weight"].isnan().all()  # nothing was written
+    st.save_file({"wild": torch.ones(2), "norm.weight": state["norm.weight"]}, path)
+    missing, unexpected = zerolite.load_pretrained(model, path, strict=False)
+    assert unexpected == ["wild"] and "norm.bias" in missing and "norm.weight" not in missing
+    assert torch.equal(model.state_dict()["norm.weight"], state["norm.weight"])
+    assert model.state_dict()["norm.bias"].isnan().all()
+
+
+def test_renamed_tensors_and_several_files(tmp_path):
+    _, state = save_net(tmp_path)
+    names = list(state)
+    st.save_file({f"net.{k}": state[k] for k in names[::2]}, tmp_path / "a.safetensors")
+    st.save_file({f"net.{k}": state[k] for k in names[1::2]}, tmp_path / "b.safetensors")
+    model = on_meta(Net, init=False)
+    build(model)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    zerolite.load_pretrained(model, files, rename=lambda name: f"net.{name}")
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in names)
+    with pytest.raises(ValueError, match=r"b\.safetensors: tensor '.*' is in .* too"):
+        zerolite.load_pretrained(model, [*files, files[1]])
+
+
+def test_files_that_are_damaged_or_something_else(tmp_path):
+    path, _ = save_net(tmp_path)
+    model = seeded(Net)
+    with pytest.raises(ValueError, match=r"expected the model that a ZeroOptimizer was built with"):
+        zerolite.load_pretrained(model, path)
+    optimizer = build(model)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        zerolite.load_pretrained(model, path)
+    path.write_bytes(b"PK\x03\x04 a zip file")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        zerolite.load_pretrained(model, path)
+    path.write_bytes(struct.pack("<Q", 4) + b"{{{{")
+    with pytest.raises(ValueError, match="not JSON"):
+        zerolite.load_pretrained(model, path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors\.index\.json or"):
+        zerolite.load_pretrained(model, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
+    with pytest.raises(ValueError, match="names of files beside it"):
+        zerolite.load_pretrained(model, tmp_path)
+    with optimizer.full_params(), pytest.raises(RuntimeError, match="outside of full_params"):
+        zerolite.load_pretrained(model, path)
+
+
+def differ(rank, path, what):
+    model, _ = make(Run(stage=3), None, on_meta(Net, init=False))
+    own = path / str(rank)
+    own.mkdir()
+    file, state = save_net(own)
+    if rank == 1 and what == "files":
+        st.save_file({k: v.bfloat16() for k, v in state.items()}, file)
+    if rank == 1 and what == "missing":
+        file.unlink()
+    try:
+        zerolite.load_pretrained(model, file)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what,text", [("files", "other names, dtypes or shapes on rank 1"), ("missing", "model.safetensors")])
+def test_ranks_that_see_different_files(what, text, tmp_path):
+    first, second = on_processes(2, differ, tmp_path, what)
+    assert text in first and text in second
+    assert what == "files" or "rank 1 could not load" in first
+
+
+def load_at_any_time(rank, path):
+    """Rank 1 comes half a second late, after a forward with the old values; steps follow on both."""
+    import time
+
+    model, optimizer = make(Run(stage=3, dtype=torch.bfloat16), None)
+    steps(model, optimizer, rank)
+    time.sleep(0.5 * rank)
+    with torch.no_grad():
+        before = loss_of(model, tokens_for(0, 0, 0)).item()
+    zerolite.load_pretrained(model, path)
+    with torch.no_grad():
+        after = loss_of(model, tokens_for(0, 0, 0)).item()
+    return before, after, steps(model, optimizer, rank)
+
+
+def test_a_rank_that_is_late_never_computes_with_half_a_file(tmp_path):
+    path, _ = save_net(tmp_path)
+    shared, alone = on_processes(2, load_at_any_time, path), on_processes(2, load_at_any_time, path, env=GROUP)
+    assert equal(shared, alone) and shared[0][0] == shared[1][0] != shared[0][1] == shared[1][1]
+
+
+# ---- memory
+
+BLOCKS, WIDTH, MB = 48, 1024, 2**20
+
+
+class Tower(nn.Module):
+    """48 Mi parameters in units of 1 Mi: 192 MiB in fp32 alone, 768 MiB with gradients and Adam's moments."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(BLOCKS))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def limit_data(extra):
+    """This process may have `extra` MiB more of private memory than it has now.
+
+    Tensors get mappings of their own, so that the limit counts them and not the holes that they leave in the heap.
+    """
+    import ctypes
+    import resource
+
+    assert ctypes.CDLL(None).mallopt(-3, 1 << 17) == 1  # M_MMAP_THRESHOLD
+    lines = Path("/proc/self/status").read_text().splitlines()
+    now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (now + extra * MB, now + extra * MB))
+
+
+def eager_under_a_limit(rank, extra):
+    limit_data(extra)
+    try:
+        Tower()
+    except RuntimeError as error:
+        return str(error)
+
+
+def under_a_limit(rank, path, extra):
+    warm = make(Run(stage=3, dtype=torch.bfloat16, moments="int8"), None)
+    steps(*warm, rank)  # code that torch imports at a first step is not the model's memory
+    limit_data(extra)
+    model = on_meta(Tower)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = zerolite.ZeroOptimizer(inner, model, stage=3, param_dtype=torch.bfloat16, moments="int8")
+    x = torch.ones(2, WIDTH, dtype=torch.bfloat16)
+    with torch.no_grad():
+        begun = bool(model(x).isfinite().all())
+    zerolite.load_pretrained(model, path)
+    with torch.no_grad():
+        loaded = model(x).unique().tolist()
+    for _ in range(2):
+        model(x).float().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return begun, loaded, model(x).float().mean().item()
+
+
+@pytest.mark.parametrize("env,extra", [(GROUP, 145), ({}, 186)], ids=["gloo", "shared"])
+def test_a_model_beyond_the_limit_of_each_process(env, extra, tmp_path):
+    x = torch.ones((), dtype=torch.bfloat16)
+    for k in range(BLOCKS):
+        weight = 1 + k % 4 / 64
+        st.save_file({f"blocks.{k}.weight": torch.eye(WIDTH) * weight}, tmp_path / f"{k}.safetensors")
+        x = x * weight
+    assert "can't allocate memory" in on_processes(1, eager_under_a_limit, extra)[0]
+    for found in on_processes(4, under_a_limit, tmp_path, extra, env=env, timeout=60):
+        begun, loaded, trained = found
+        assert begun and loaded == [x.item()] and trained < x.item()

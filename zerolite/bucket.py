@@ -9,7 +9,7 @@ Every buffer has one writer: `full` is written by gather and publish, the range 
 update. Where parameters rest whole, `shard` is a view of its range in `full`.
 
 Where the ranks of a host share a home (comm/shared.py), `full` is this process's private view of it and a gather
-copies nothing. A home is written in `update` alone, when every rank is inside the same step: what a script writes to
+copies nothing. A home is written in `update`, when every rank is inside the same step, and by values.py likewise: what a script writes to
 parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the home in the step.
 
 Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
