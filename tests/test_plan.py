@@ -88,7 +88,7 @@ class Watch:
             return
         tensors = list(more)
         for bucket in self.optimizer._built.buckets:
-            for held in bucket.storages().values():
+            for held in bucket.holdings().values():
                 tensors += held
             flight = bucket.grads.flight if bucket.grads is not None else None
             if flight is not None:

@@ -9,8 +9,9 @@ Every buffer has one writer: `full` is written by gather and publish, the range 
 update. Where parameters rest whole, `shard` is a view of its range in `full`.
 
 Where the ranks of a host share a home (comm/shared.py), `full` is this process's private view of it and a gather
-copies nothing. A home is written in `update` alone, when every rank is inside the same step: what a script writes to
-parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the home in the step.
+copies nothing. A home is written in `update`, when every rank is inside the same step, and by values.py likewise: what
+a script writes to parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the
+home in the step.
 
 Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
 and writing one raises, instead of a stale value.
@@ -33,6 +34,7 @@ from zerolite.comm.shared import Home
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
+from zerolite.meta import make_real
 from zerolite.placement import Plan, Widths
 from zerolite.update import Rule, State, Target
 
@@ -91,18 +93,22 @@ class Bucket:
         self.stale = False
         self.state = None
         self.grads = None
-        device = entries[0].param.device
+        device = torch.device("cpu") if entries[0].param.is_meta else entries[0].param.device
         self.rest = torch.empty(0, device=device)
         self._fill(dtype, device, trained)
 
     def _fill(self, dtype: torch.dtype, device: torch.device, trained: bool) -> None:
         """Takes the parameters' values, rank 0's on every rank, and makes the parameters views of `full`."""
         start, stop = self.layout.span(self.comm.rank)
-        values = torch.zeros(self.layout.numel, dtype=self.entries[0].param.dtype, device=device)
+        source = self.entries[0].param.dtype
+        asleep = any(entry.param.is_meta for entry in self.entries)  # values.py fills all of the bucket later
+        values = torch.zeros(self.layout.numel, dtype=dtype if asleep else source, device=device)
         for slot, entry in enumerate(self.entries):
             entry.bucket, entry.slot = self, slot
-            self._view(values, slot).copy_(entry.param.detach())
-        self.comm.broadcast_(values, f"set-up {self.name}")
+            if not asleep:
+                self._view(values, slot).copy_(entry.param.detach())
+        if not asleep:
+            self.comm.broadcast_(values, f"set-up {self.name}")
         low = None
         if values.dtype != dtype:
             full, low = torch.zeros_like(values, dtype=dtype), torch.zeros_like(values, dtype=rest_dtype(dtype))
@@ -122,9 +128,14 @@ class Bucket:
         if low is not None and trained:
             part = low[start:stop] if self.plan.states.sharded else low
             self.rest = zeros(part.numel(), part.dtype, device).copy_(part)
+        elif source != dtype and trained:
+            self.rest = zeros(self.mine.numel(), rest_dtype(dtype), device)
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
         self.blank_places = [blank.data_ptr() for blank in self.blanks]
+        for entry, view in zip(self.entries, self.views, strict=True):
+            if entry.param.is_meta:
+                make_real(entry.param, view)
         self._show(self.views)
 
     def _view(self, flat: Tensor, slot: int) -> Tensor:

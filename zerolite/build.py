@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,17 @@ from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
 from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
+from zerolite.meta import Recipes
 from zerolite.partition import DTYPES, UnitSpec, beside, check_model, check_parameter, cut_buckets, find_units, names_of
 from zerolite.placement import Plan, Setting, Widths, make_plan, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule, make_rule
+from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
+
+#: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
+BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Checked:
     entries: list[Entry]
     specs: list[UnitSpec]
     dtype: torch.dtype | None  # param_dtype
+    classes: Any  # units=, where parameters rest sharded
     limit: int  # bytes of a bucket
     device: torch.device
 
@@ -168,6 +175,8 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
     if plan.params.sharded and model is None:
         raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model).")
     entries, device = _entries(optimizer, model, plan)
+    if model is not None:
+        Recipes(model).check(model)
     if plan.params.sharded and model is not None:
         specs = find_units(model, options["units"])
     else:
@@ -182,7 +191,8 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
                     f"{entry.param.dtype}."
                 )
     limit = max(int(options["bucket_mb"] * 2**20), 1)
-    return Checked(plan, make_rule(optimizer, options["moments"]), entries, specs, dtype, limit, device)
+    classes = options["units"] if plan.params.sharded else None
+    return Checked(plan, make_rule(optimizer, options["moments"]), entries, specs, dtype, classes, limit, device)
 
 
 def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:
@@ -195,7 +205,7 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
             groups[p] = group
     if not any(p.requires_grad for p in groups):
         raise ValueError("optimizer: expected at least one parameter that requires a gradient, got none.")
-    device = next(iter(groups)).device
+    device = next((p.device for p in groups if not p.is_meta), torch.device("cpu"))
     owned = set(model.parameters()) if model is not None else set()
     wanted = list(groups)
     if plan.params.sharded and model is not None:
@@ -204,7 +214,7 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
         wanted = list(model.parameters())
     for p in wanted:
-        check_parameter(names[p], p, device)
+        check_parameter(names[p], p, device, model is not None and p in owned)
         if p not in groups and p.requires_grad:
             raise ValueError(
                 f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
@@ -254,6 +264,7 @@ def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
 def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:
     plan, entries = checked.plan, checked.entries
     reducer = Reducer(plan, comm, checked.device)
+    asleep = {p: p.dtype for p in model.parameters() if p.is_meta} if model is not None else {}
     by_param = {entry.param: entry for entry in entries}
     buckets: list[Bucket] = []
     units: list[Unit] = []
@@ -266,7 +277,11 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
         unit.release()
         units.append(unit)
         buckets += made
-    _copy_the_rest(checked, model, comm)
+    if model is not None and (asleep or any(buffer.is_meta for buffer in model.buffers())):
+        modules = {spec.module for spec in find_units(model, checked.classes) if spec.module is not None}
+        fresh = [b for b in buckets if b.entries[0].param in asleep]
+        Materialise(model, asleep, entries, comm).run(fresh, modules)
+    copy_the_rest(entries, checked.dtype, model, comm)
     _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer)
     built: Built
     schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
@@ -282,32 +297,9 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     if schedule is not None and model is not None:
         _follow(built, model, schedule, units, checked.specs)
     trim_heap()  # the parameters have moved
+    if model is not None:
+        BUILT[model] = weakref.ref(built)
     return built
-
-
-def _copy_the_rest(checked: Checked, model: nn.Module | None, comm: Comm) -> None:
-    """Rank 0's values of parameters without a bucket (frozen ones) and of buffers; casts those parameters too."""
-    covered = {entry.param for entry in checked.entries if entry.bucket is not None}
-    named = [(entry.name, entry.param) for entry in checked.entries]
-    named += [(name, p) for name, p in model.named_parameters() if p not in dict(named)] if model is not None else []
-    for name, p in {p: (name, p) for name, p in named if p not in covered}.values():
-        if p.is_meta or not p.numel():
-            continue
-        _copy_from_rank_0(p.data, f"set-up parameter {name}", comm)
-        if checked.dtype is not None and p.dtype == torch.float32:
-            p.data = p.data.to(checked.dtype)
-    for name, buffer in model.named_buffers() if model is not None else []:
-        if buffer.numel() and not buffer.is_meta:
-            _copy_from_rank_0(buffer, f"set-up buffer {name}", comm)
-
-
-def _copy_from_rank_0(tensor: torch.Tensor, what: str, comm: Comm) -> None:
-    """Bytes of a dense copy, so that any dtype and any strides travel; a tensor that repeats memory is written once."""
-    dense = tensor.detach().contiguous().clone()
-    comm.broadcast_(dense.view(-1).view(torch.uint8), what)
-    index = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
-    with torch.no_grad():
-        tensor[index].copy_(dense[index])
 
 
 def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[Bucket]:

@@ -78,16 +78,16 @@ class BucketSpec:
 
 
 def cut_buckets(params: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dtype | None, limit: int) -> list[BucketSpec]:
-    """Buckets of one unit: parameters of one dtype, trained or frozen, in order.
+    """Buckets of one unit: parameters of one dtype, trained or frozen, with or without values, in order.
 
     `dtype` is the compute dtype (None: each parameter's own), `limit` the bytes of a bucket. Looks at no value, so what is
     planned from shapes alone is what is built.
     """
-    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    kinds: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
     for index, (_, p) in enumerate(params):
-        kinds.setdefault((p.dtype, p.requires_grad), []).append(index)
+        kinds.setdefault((p.dtype, p.requires_grad, p.is_meta), []).append(index)
     specs: list[BucketSpec] = []
-    for (own, trained), members in kinds.items():
+    for (own, trained, _), members in kinds.items():
         target = dtype or own
         position = 0
         elements = max(limit // torch.finfo(target).bits * 8, 1)
@@ -121,8 +121,11 @@ def beside(
     return total + sum(b.numel() * b.element_size() for b in (model.buffers() if model is not None else []))
 
 
-def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
-    """Raises TypeError or ValueError for a parameter that cannot be partitioned."""
+def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool = False) -> None:
+    """Raises TypeError or ValueError for a parameter that cannot be partitioned.
+
+    fillable  on the meta device it is accepted: a module of the model says what it begins with
+    """
     if type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor"):
         raise TypeError(
             f"parameter '{name}': expected a plain parameter, got a DTensor, which FSDP or tensor parallelism has sharded "
@@ -133,10 +136,12 @@ def check_parameter(name: str, p: Tensor, device: torch.device) -> None:
             f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
             "optimizer's param groups."
         )
+    if p.is_meta and fillable:
+        return
     if p.is_meta:
         raise ValueError(
-            f"parameter '{name}': expected a tensor with values, got one on the meta device. Call model.to_empty(device=...) "
-            "and initialise it first."
+            f"parameter '{name}': expected a tensor with values, got one on the meta device. Pass the model whose modules "
+            "initialise it when ZeroOptimizer is built, or call model.to_empty(device=...) and initialise it first."
         )
     if p.device.type != "cpu":
         raise NotImplementedError(

@@ -37,7 +37,7 @@ _SLICE = 0.25  # seconds between looks at the other processes
 class Home:
     """One bucket's parameters, once for all ranks of the host.
 
-    `shared` is written by the owners of shards, inside a step; `private` is what nn.Parameters view.
+    `shared` is written by the owners of shards, inside a step or load_pretrained; `private` is what nn.Parameters view.
     """
 
     shared: Tensor  # 1D, numel

@@ -1,0 +1,174 @@
+"""load_pretrained: safetensors files streamed into a model whose parameters are cut over ranks.
+
+Each rank reads the elements that it owns, a few MiB at a time, into its shard and its remainder or master: an fp32 file
+keeps all its bits in a bf16 model. Parameters that rest whole are completed by the publish that ends every step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.bucket import Bucket, Entry
+from zerolite.build import BUILT, Built
+from zerolite.layout import Piece
+from zerolite.safetensors import Stored, digest, open_files
+from zerolite.values import begin, end, put
+
+CHUNK = 1 << 20  # elements that a rank reads at once
+SHOWN = 8  # names in an error
+
+
+class Loaded(NamedTuple):
+    """What strict=False left out, as torch's load_state_dict returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def load_pretrained(
+    model: nn.Module,
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    strict: bool = True,
+    rename: Callable[[str], str] | None = None,
+) -> Loaded:
+    """Loads safetensors files into the model of a ZeroOptimizer, at any stage (a collective: every rank calls it).
+
+    path    a file, a directory (with model.safetensors.index.json, or all its *.safetensors), or several files
+    strict  every parameter and persistent buffer is in the files, and nothing else; tied ones need one of their names
+    rename  the files' name for one of the model's names
+
+    Optimizer states stay as they are. Raises on every rank, before anything is written: ValueError for names and shapes that
+    do not fit or ranks that see different files, RuntimeError where another rank failed.
+    """
+    reference = BUILT.get(model)
+    built = reference() if reference is not None else None
+    if built is None:
+        raise ValueError(
+            "load_pretrained: expected the model that a ZeroOptimizer was built with, got another one. Build "
+            "ZeroOptimizer(optimizer, model) first; without one, use model.load_state_dict(safetensors.torch.load_file(path))."
+        )
+    problem: Exception | None = None
+    wanted = Wanted(model)
+    try:
+        if built.schedule is not None and built.schedule.held:
+            raise RuntimeError("load_pretrained: expected to be called outside of full_params(), got called inside.")
+        built.check_replaced()
+        files = open_files(path)
+        result = wanted.match(files, rename or (lambda name: name), strict)
+        told: Any = digest(files)
+    except Exception as error:  # told to the other ranks, then raised
+        problem, told = error, f"{type(error).__name__}: {error}"
+    _agree(built, problem, told, "set-up pretrained names")
+    if built.schedule is not None:
+        built.schedule.give_back()
+        built.schedule.release_all()
+    buckets = [b for b in built.buckets if any(entry.param in wanted.params for entry in b.entries)]
+    with torch.no_grad():
+        try:
+            for bucket in buckets:
+                begin(bucket)
+                _fill(bucket, wanted.params)
+            covered = {entry.param for bucket in buckets for entry in bucket.entries}
+            whole = [(t, s) for t, s in [*wanted.params.items(), *wanted.buffers.items()] if t not in covered]
+            for tensor, stored in whole:
+                tensor.copy_(stored.read(0, stored.numel).view(stored.shape))
+        except Exception as error:
+            problem = error
+        _agree(built, problem, str(problem), "set-up pretrained values")
+        for bucket in buckets:
+            end(bucket)
+    return result
+
+
+def _agree(built: Built, problem: Exception | None, told: Any, what: str) -> None:
+    """Every rank succeeded and saw the same, or every rank raises."""
+    shared = built.comm.share((problem is not None, told), what)
+    if problem is not None:
+        raise problem
+    for rank, (failed, theirs) in enumerate(shared):
+        if failed:
+            raise RuntimeError(f"rank {rank} could not load pretrained values: {theirs}")
+        if theirs != shared[0][1]:
+            raise ValueError(
+                f"load_pretrained: expected the same files on every rank, got other names, dtypes or shapes on rank {rank} "
+                "than on rank 0. Put the same files on every host."
+            )
+
+
+class Wanted:
+    """The tensors of a model that files can fill, and where each one's values are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.params: dict[Tensor, Stored] = {}
+        self.buffers: dict[Tensor, Stored] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    self.names[f"{path}.{name}" if path else name] = buffer
+
+    def match(self, files: dict[str, Stored], rename: Callable[[str], str], strict: bool) -> Loaded:
+        """Finds each tensor's values. Raises ValueError with the names that do not fit."""
+        used, wrong = set(), []
+        sources: dict[Tensor, Stored] = {}
+        for name, tensor in self.names.items():
+            key = rename(name)
+            stored = files.get(key)
+            if stored is None:
+                continue
+            used.add(key)
+            sources[tensor] = stored
+            if stored.shape != tuple(tensor.shape):
+                wrong.append(f"'{name}': expected shape {tuple(tensor.shape)}, got {stored.shape}")
+            elif stored.dtype is None or stored.dtype.is_floating_point != tensor.is_floating_point():
+                wrong.append(f"'{name}': expected values for {tensor.dtype}, got {stored.kind}")
+        missing = [name for name, tensor in self.names.items() if tensor not in sources]
+        unexpected = [name for name in files if name not in used]
+        lines = [_list("do not fit", wrong)] if wrong else []
+        if strict and missing:
+            lines.append(_list("expected, and not in the files", missing))
+        if strict and unexpected:
+            lines.append(_list("in the files, and not expected", unexpected))
+        if lines:
+            raise ValueError(
+                "load_pretrained: the files do not fit the model. "
+                + " ".join(lines)
+                + " Pass rename=(the model's name -> the files' name) where names differ, strict=False to load what fits."
+            )
+        self.params = {tensor: s for tensor, s in sources.items() if isinstance(tensor, nn.Parameter)}
+        self.buffers = {tensor: s for tensor, s in sources.items() if not isinstance(tensor, nn.Parameter)}
+        return Loaded(missing, unexpected)
+
+
+def _list(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}."
+
+
+def _fill(bucket: Bucket, sources: dict[Tensor, Stored]) -> None:
+    """This rank's range of one bucket."""
+    for piece in bucket.pieces:
+        entry = bucket.entries[piece.slot]
+        stored = sources.get(entry.param)
+        if stored is None:
+            continue
+        if bucket.views[piece.slot].is_contiguous():
+            for start in range(piece.start, piece.stop, CHUNK):
+                put(bucket, piece, stored.read(start, min(start + CHUNK, piece.stop)), start - piece.start)
+        else:
+            put(bucket, piece, _reordered(bucket, entry, piece, stored))
+
+
+def _reordered(bucket: Bucket, entry: Entry, piece: Piece, stored: Stored) -> Tensor:
+    """One piece of a parameter whose memory is in another order than the file's (channels_last): read whole."""
+    like = bucket.views[entry.slot]
+    assert stored.dtype is not None
+    ordered = torch.empty_strided(like.shape, like.stride(), dtype=stored.dtype)
+    ordered.copy_(stored.read(0, stored.numel).view(stored.shape))
+    return ordered.as_strided((ordered.numel(),), (1,))[piece.start : piece.stop]

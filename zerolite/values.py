@@ -1,0 +1,208 @@
+"""Values for parameters that are cut over ranks already: the first ones of a meta model, those of a file, and rank 0's
+for what is whole on every rank.
+
+    begin(bucket)            -> put(bucket, piece, values) ... -> end(bucket)
+    adopt outside writes        master into `mine` and `rest`     publish, every rank calls it
+
+A home is written here as in a step: every rank is inside the same call, so nobody is in a forward, and `end` waits for
+every owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.bucket import Bucket, Entry, dense_strides, rest_dtype
+from zerolite.comm import Comm
+from zerolite.kernels import split_
+from zerolite.layout import Piece
+from zerolite.meta import Recipes, groups, lost_buffer, make_real, wants_values
+
+
+def begin(bucket: Bucket) -> None:
+    """Makes `mine` this rank's range itself, with what the script wrote to the parameters before."""
+    bucket.keep_writes(quiet=True)
+    if bucket.home is not None and bucket.mine is not bucket.shard:
+        bucket.mine = bucket.shard.copy_(bucket.mine)
+
+
+def put(bucket: Bucket, piece: Piece, values: Tensor, at: int = 0) -> None:
+    """Writes values (1D, any float dtype) to elements of `piece` from `at` on; low bits go to the remainder or master."""
+    part = slice(piece.offset + at, piece.offset + at + values.numel())
+    param = bucket.mine[part]
+    rest = bucket.rest[part] if bucket.rest.numel() else torch.empty(values.numel(), dtype=rest_dtype(param.dtype))
+    split_(param, rest, values.float())
+
+
+def end(bucket: Bucket) -> None:
+    """Shows every rank what all have put (a collective)."""
+    bucket.publish()
+    bucket.finish_publish()
+    bucket.wrote(bucket.entries)
+
+
+class Materialise:
+    """Fills what began on the meta device, one group of modules at a time. The same calls on every rank; rank 0's values."""
+
+    def __init__(self, model: nn.Module, asleep: dict[nn.Parameter, torch.dtype], entries: Sequence[Entry], comm: Comm) -> None:
+        self.model = model
+        self.asleep = asleep  # dtype that the model gave to each parameter
+        self.buckets = {entry.param: entry for entry in entries if entry.bucket is not None}
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.comm = comm
+        self.recipes = Recipes(model)
+        self.done: set[nn.Parameter] = set()
+        self._woken: dict[nn.Module, list[str]] = {}  # buffers that began on the meta device
+
+    def run(self, buckets: Sequence[Bucket], units: set[nn.Module]) -> None:
+        """Fills everything (a collective). Raises ValueError for what its recipe left out."""
+        for p, dtype in self.asleep.items():
+            if p not in self.buckets:  # frozen: whole on every rank, without a bucket
+                make_real(p, blank(p, dtype))
+        for bucket in buckets:
+            begin(bucket)
+            bucket._show(bucket.blanks)  # a recipe that reaches outside of its group fails instead of being lost
+        for p in self.asleep:
+            if not wants_values(p):
+                self._put(p, None)
+        with torch.no_grad():
+            for group in groups(self.model, units):
+                self._fill(group)
+        for bucket in buckets:
+            bucket._show(bucket.views if bucket.whole else bucket.blanks)
+            end(bucket)
+        for entry in self.buckets.values():
+            entry.version = entry.param._version  # recipes wrote beside parameters that have values
+
+    def _own(self, module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module._parameters.values() if p is not None and p in self.asleep and wants_values(p)]
+
+    def _fill(self, group: list[nn.Module]) -> None:
+        scratch = {p: blank(p, self.asleep[p]) for module in group for p in self._own(module)}
+        fresh = [module for module in group if self._wake_buffers(module) or self._own(module)]
+        if not fresh:
+            return
+        real = {p for module in fresh for p in module._parameters.values() if p is not None} - scratch.keys()
+        before = {p: p.data for p in [*scratch, *real]}
+        for p, values in scratch.items():
+            p.data = values
+        for p in real:  # what has values keeps them, whatever the recipe writes
+            p.data = torch.empty_like(p, memory_format=torch.contiguous_format)
+        first: set[nn.Parameter] = set()
+        for module in group:
+            recipe = self.recipes.of(module)
+            bare = not any(True for p in module._parameters.values() if p is not None)  # it may fill its children
+            if recipe is not None and (module in fresh or (bare and self.recipes.reaches_down(module, scratch))):
+                self._call(module, recipe, first)
+        for p, data in before.items():
+            p.data = data
+        for p, values in scratch.items():
+            if p not in self.done:
+                self._check(p, values)
+                self._put(p, values)
+                self.done.add(p)
+        for module in fresh:
+            self._check_module(module)
+
+    def _call(self, module: nn.Module, recipe: object, first: set[nn.Parameter]) -> None:
+        """Runs one recipe. Tied parameters belong to the first module: a later one draws its numbers beside them."""
+        assert callable(recipe)
+        own = self._own(module)
+        kept = {p: p.data for p in own if p in first}
+        for p, values in kept.items():
+            p.data = torch.empty_like(values)
+        held = dict(module._parameters)
+        recipe()
+        for name, before in held.items():
+            if module._parameters.get(name) is not before:
+                raise ValueError(
+                    f"module {type(module).__name__}: expected its initialisation to write to '{name}' in place, got another "
+                    "parameter. Use torch.nn.init or p.copy_(...) there."
+                )
+        for p, values in kept.items():
+            p.data = values
+        first.update(own)
+
+    def _check(self, p: nn.Parameter, values: Tensor) -> None:
+        if values.numel() and bool(values.isnan().any()):
+            raise ValueError(
+                f"parameter '{self.names[p]}': expected its module's initialisation to fill it, got elements that it left out. "
+                "Complete reset_parameters(), or build the model under zerolite.meta_init(init=function)."
+            )
+
+    def _put(self, p: nn.Parameter, values: Tensor | None) -> None:
+        """Rank 0's values, or NaN, into this rank's range."""
+        entry = self.buckets.get(p)
+        if values is not None:
+            flat = values.as_strided((values.numel(),), (1,))
+            if flat.numel():
+                self.comm.broadcast_(flat, f"set-up parameter {self.names[p]}")
+            if entry is None:
+                p.data = values
+        if entry is None or entry.bucket is None:
+            return
+        for piece in entry.bucket.pieces:
+            if piece.slot == entry.slot:
+                count = piece.stop - piece.start
+                put(entry.bucket, piece, flat[piece.start : piece.stop] if values is not None else nans(count))
+
+    def _wake_buffers(self, module: nn.Module) -> list[str]:
+        """Gives memory to the module's buffers on the meta device, filled with what no recipe leaves behind."""
+        asleep = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in asleep:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = torch.full_like(buffer, _nothing(buffer.dtype), device="cpu")
+        if asleep:
+            self._woken[module] = asleep
+        return asleep
+
+    def _check_module(self, module: nn.Module) -> None:
+        paths = {m: path for path, m in self.model.named_modules()}
+        for name in self._woken.get(module, []):
+            buffer = module._buffers[name]
+            assert buffer is not None
+            nothing = _nothing(buffer.dtype)
+            if bool((buffer.isnan() if buffer.is_floating_point() else buffer == nothing).any()):
+                raise ValueError(lost_buffer(f"{paths[module]}.{name}".lstrip(".")))
+
+
+def _nothing(dtype: torch.dtype) -> float | int:
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
+
+
+def nans(count: int) -> Tensor:
+    return torch.full((count,), float("nan"))
+
+
+def blank(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """NaN of a parameter's shape and dense strides."""
+    return torch.empty_strided(p.shape, dense_strides(p), dtype=dtype).fill_(float("nan"))
+
+
+def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn.Module | None, comm: Comm) -> None:
+    """Rank 0's values of parameters without a bucket (frozen ones) and of buffers; casts those parameters too."""
+    covered = {entry.param for entry in entries if entry.bucket is not None}
+    named = [(entry.name, entry.param) for entry in entries]
+    named += [(name, p) for name, p in model.named_parameters() if p not in dict(named)] if model is not None else []
+    for name, p in {p: (name, p) for name, p in named if p not in covered}.values():
+        if not p.numel():
+            continue
+        _copy_from_rank_0(p.data, f"set-up parameter {name}", comm)
+        if dtype is not None and p.dtype == torch.float32:
+            p.data = p.data.to(dtype)
+    for name, buffer in model.named_buffers() if model is not None else []:
+        if buffer.numel():
+            _copy_from_rank_0(buffer, f"set-up buffer {name}", comm)
+
+
+def _copy_from_rank_0(tensor: Tensor, what: str, comm: Comm) -> None:
+    """Bytes of a dense copy, so that any dtype and any strides travel; a tensor that repeats memory is written once."""
+    dense = tensor.detach().contiguous().clone()
+    comm.broadcast_(dense.view(-1).view(torch.uint8), what)
+    index = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    with torch.no_grad():
+        tensor[index].copy_(dense[index])
