@@ -170,7 +170,10 @@ def explain(best: Candidate, ranked: list[Candidate], limits: Limits) -> list[st
     limit = " and ".join(
         f"{value:,} bytes of {home}" for home, value in (("device", limits.device), ("host", limits.host)) if value is not None
     )
-    lines = [f"chosen: {best.label}, the fastest that fits {limit or '(no limit was given)'}: {show_ms(best.seconds)} a step"]
+    among = "" if len({other.moments for other in ranked}) == 1 else f" with {best.moments} moments"
+    lines = [
+        f"chosen: {best.label}, the fastest{among} that fits {limit or '(no limit was given)'}: {show_ms(best.seconds)} a step"
+    ]
     lines[0] += " beside forward and backward, as modelled from measured rates"
     if best.plan.setting.device != "cpu":
         lines[0] += " of the host and assumed ones of the GPU"
@@ -181,6 +184,8 @@ def explain(best: Candidate, ranked: list[Candidate], limits: Limits) -> list[st
             why = ", ".join(f"{value:,} bytes of {home} memory missing" for home, value in other.missing.items())
         elif other.seconds > best.seconds:
             why = f"slower, {show_ms(other.seconds)}"
+        elif other.seconds < best.seconds:  # the caller wants exact moments where they fit
+            why = f"{show_ms(other.seconds)}, but its moments are rounded"
         else:
             why = "not faster"
         lines.append(f"passed over: {other.label}: {why}")
