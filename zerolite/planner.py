@@ -235,7 +235,7 @@ def question_of(
     clip: bool = True,
 ) -> tuple[Question, str]:
     """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
-    here = min(world, 2**30) if ranks_per_host is None else ranks_per_host
+    here = world if ranks_per_host is None else ranks_per_host
     for name, value in (("world", world), ("ranks_per_host", here), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
