@@ -131,7 +131,9 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
     if setting.activations is None:
         lines.append("Activations are not counted (--batch 4x1024 adds them).")
     if best is None:
-        return "\n".join([*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller."])
+        return "\n".join(
+            [*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller; smaller batches, the activations."]
+        )
     return "\n".join([*lines, "", *_details(best), "", _line_to_add(best, question.options["param_dtype"])])
 
 

@@ -170,7 +170,10 @@ def explain(best: Candidate, ranked: list[Candidate], limits: Limits) -> list[st
     limit = " and ".join(
         f"{value:,} bytes of {home}" for home, value in (("device", limits.device), ("host", limits.host)) if value is not None
     )
-    lines = [f"chosen: {best.label}, the fastest that fits {limit or '(no limit was given)'}: {show_ms(best.seconds)} a step"]
+    among = "" if len({other.moments for other in ranked}) == 1 else f" with {best.moments} moments"
+    lines = [
+        f"chosen: {best.label}, the fastest{among} that fits {limit or '(no limit was given)'}: {show_ms(best.seconds)} a step"
+    ]
     lines[0] += " beside forward and backward, as modelled from measured rates"
     if best.plan.setting.device != "cpu":
         lines[0] += " of the host and assumed ones of the GPU"
@@ -181,6 +184,8 @@ def explain(best: Candidate, ranked: list[Candidate], limits: Limits) -> list[st
             why = ", ".join(f"{value:,} bytes of {home} memory missing" for home, value in other.missing.items())
         elif other.seconds > best.seconds:
             why = f"slower, {show_ms(other.seconds)}"
+        elif other.seconds < best.seconds:  # the caller wants exact moments where they fit
+            why = f"{show_ms(other.seconds)}, but its moments are rounded"
         else:
             why = "not faster"
         lines.append(f"passed over: {other.label}: {why}")
@@ -230,7 +235,7 @@ def question_of(
     clip: bool = True,
 ) -> tuple[Question, str]:
     """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
-    here = min(world, 2**30) if ranks_per_host is None else ranks_per_host
+    here = world if ranks_per_host is None else ranks_per_host
     for name, value in (("world", world), ("ranks_per_host", here), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
