@@ -222,6 +222,8 @@ class Bucket:
             self.published = self.home.publish(f"gather {self.name}")
         elif self.plan.states.sharded and not self.plan.params.sharded:
             self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+        else:
+            return
         self.comm.ledger.note("publish", self.name)
 
     def finish_publish(self) -> None:

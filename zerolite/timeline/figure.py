@@ -60,7 +60,7 @@ def _save(figure: Any, path: Path) -> None:
     canvas = figure.canvas
     canvas.draw()
     picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(128).save(path, optimize=True)
+    picture.quantize(256).save(path, optimize=True)
 
 
 def _strip(axes: Any, samples: list[Sample]) -> None:
