@@ -76,7 +76,7 @@ def test_unsupported_dtypes(dtype):
 
 def test_meta_parameters_and_other_devices():
     p = nn.Parameter(torch.empty(2, 2, device="meta"))
-    with pytest.raises(ValueError, match="meta device.*Pass the model"):
+    with pytest.raises(ValueError, match=r"meta device.*Pass the model"):
         build(inner=torch.optim.AdamW([p]), pass_model=None)
 
 

@@ -9,8 +9,9 @@ Every buffer has one writer: `full` is written by gather and publish, the range 
 update. Where parameters rest whole, `shard` is a view of its range in `full`.
 
 Where the ranks of a host share a home (comm/shared.py), `full` is this process's private view of it and a gather
-copies nothing. A home is written in `update`, when every rank is inside the same step, and by values.py likewise: what a script writes to
-parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the home in the step.
+copies nothing. A home is written in `update`, when every rank is inside the same step, and by values.py likewise. What a
+script writes to parameters stays in its own process, moves to a detached `mine` when it is noticed, and reaches the home
+in the step.
 
 Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
 and writing one raises, instead of a stale value.
