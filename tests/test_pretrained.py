@@ -76,7 +76,7 @@ def test_a_meta_model_begins_with_the_bits_of_an_eager_one(stage, dtype):
         assert equal(eager, other)
 
 
-@pytest.mark.parametrize("size,stage,env", [(2, 3, {}), (3, 3, GROUP), (2, 2, {}), (2, 1, GROUP)])
+@pytest.mark.parametrize("size,stage,env", [(2, 3, {}), (3, 3, GROUP), (2, 2, {})])
 def test_ranks_begin_with_rank_0s_values(size, stage, env):
     for eager, *others in on_processes(size, begin_all, Run(stage=stage, dtype=torch.bfloat16), env=env):
         assert all(equal(eager, other) for other in others)
@@ -199,8 +199,7 @@ def load_both(comm, path, state, run):
     )
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stage,dtype", [(0, None), (1, torch.bfloat16), (2, torch.float16), (3, None), (3, torch.bfloat16)])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_loading_from_files_equals_loading_before(stage, dtype, size, tmp_path):
     path, state = save_net(tmp_path, shards=3)
@@ -407,13 +406,13 @@ def load_at_any_time(rank, path):
     zerolite.load_pretrained(model, path)
     with torch.no_grad():
         after = loss_of(model, tokens_for(0, 0, 0)).item()
-    return before, after, steps(model, optimizer, rank)
+    return before, after, *steps(model, optimizer, rank)
 
 
 def test_a_rank_that_is_late_never_computes_with_half_a_file(tmp_path):
     path, _ = save_net(tmp_path)
-    shared, alone = on_processes(2, load_at_any_time, path), on_processes(2, load_at_any_time, path, env=GROUP)
-    assert equal(shared, alone) and shared[0][0] == shared[1][0] != shared[0][1] == shared[1][1]
+    first, second = on_processes(2, load_at_any_time, path)
+    assert equal(first, second) and first[0] != first[1]
 
 
 # ---- memory
