@@ -52,7 +52,9 @@ bench: setup
 	@$(BIN)/python benchmarks/update.py
 	@$(BIN)/python benchmarks/exchange.py
 	@$(BIN)/python benchmarks/small.py
+	@$(BIN)/python benchmarks/footprint.py
 	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf .venv build dist out *.egg-info zerolite/kernels/_native.so zerolite/kernels/_cuda.so

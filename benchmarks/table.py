@@ -36,6 +36,9 @@ and the activations weigh as much as the states.
     "exchange": """
 Target: five times faster than gloo's `reduce_scatter` alone, which leaves Adam and the all-gather still to do.
 """,
+    "footprint": """
+Target: within 3 % of the plan.
+""",
     "small": """
 The target, less than twice the time of ten parameters, is missed: what is left is Python, about 11 microseconds a
 parameter and step, of which the hook that takes the gradient and autograd's call of it are the larger part.
@@ -115,9 +118,22 @@ def small() -> str:
     return first + table(head, body) + NOTES["small"]
 
 
+def footprint() -> str:
+    rows = rows_of("footprint")
+    if not rows:
+        return ""
+    body = [
+        [r["side"], f"{r['planned'] / 1e6:.1f}", f"{(r['process'] - r['base']) / 1e6:.1f}", f"{r['ratio']:.3f}"] for r in rows
+    ]
+    head = ["MB, all ranks", "planned at rest", "processes (PSS) less base", "ratio"]
+    size, ranks = rows[0]["numel"] / 1e6, rows[0]["ranks"]
+    first = f"## Process memory against the plan\n\n{size:.1f} M parameters, bf16, {ranks} ranks. {conditions(rows[0])}\n"
+    return first + table(head, body) + NOTES["footprint"]
+
+
 def main() -> None:
     path = ROOT / "docs" / "benchmarks.md"
-    path.write_text("\n".join([HEAD, *(part for part in (update(), step(), exchange(), small()) if part)]))
+    path.write_text("\n".join([HEAD, *(part for part in (update(), step(), exchange(), small(), footprint()) if part)]))
     print(f"wrote {path.relative_to(ROOT)}")
 
 
