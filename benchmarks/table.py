@@ -91,7 +91,14 @@ def step() -> str:
         head += ["peak MB, all ranks", "MB sent a step"]
         size, ranks = rows[0]["numel"] / 1e6, rows[0]["ranks"]
         title = f"### GPT-2 shape, {size:.1f} M parameters, bf16, {ranks} ranks\n\n"
-        parts.append(f"{title}{conditions(rows[0])}\n{table(head, body)}")
+        missed = [
+            f"{r['system']} {r['overhead'] / b:.2f} of {peer}"
+            for r in rows
+            for peer, b, target in zip(("DDP's", "DeepSpeed's best"), best, (1 / 2, 1 / 6), strict=True)
+            if b and r["system"].startswith("zerolite") and r["overhead"] / b > target
+        ]
+        told = f"\nTargets missed in this run: {', '.join(missed)}.\n" if missed else ""
+        parts.append(f"{title}{conditions(rows[0])}\n{table(head, body)}{told}")
     return "## A training step\n\n" + "\n".join(parts) + NOTES["step"] if parts else ""
 
 
