@@ -15,7 +15,7 @@ from harness import RESULTS, ROOT
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/table.py` from `benchmarks/results/`; `make peers bench` measures again (about 25
-minutes). Sides run interleaved in one session and are compared by the median of their ratios; times are p20, p50,
+minutes). Sides run interleaved in one run and are compared by the median of their ratios; times are p20, p50,
 p80. Machines differ and are noisy, so only ratios inside one table mean something. What zerolite does not win is
 listed as well.
 """
