@@ -259,14 +259,18 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(mistake, tmp_path):
-    """The tests above would notice: each of these mistakes breaks some of them."""
-    name, right, wrong = MISTAKES[mistake]
+def mistaken(tmp_path: Path, name: str, right: str, wrong: str) -> Path:
+    """A copy of csrc/ with one mistake in a file of csrc/cuda."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc" / "cuda" / name
     assert path.read_text().count(right) == 1
     path.write_text(path.read_text().replace(right, wrong))
-    broken = Emulator(tmp_path / "csrc", tmp_path)
+    return tmp_path / "csrc"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake, tmp_path):
+    """The tests above would notice: each of these mistakes breaks some of them."""
+    broken = Emulator(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path)
     with pytest.raises((OutOfBounds, AssertionError)):
         battery(broken)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_lanes import CODE, ROOT, Emulator, OutOfBounds, placed, pointers
+from test_cuda_lanes import CODE, ROOT, Emulator, OutOfBounds, mistaken, placed, pointers
 from test_kernels import DTYPES, assert_same, wide
 from test_moments import KINDS, coded, kinds, rows_of
 from torch import Tensor
@@ -180,11 +179,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake, tmp_path):
     """The tests above would notice: each of these mistakes breaks some of them."""
-    name, right, wrong = MISTAKES[mistake]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path: Path = tmp_path / "csrc" / "cuda" / name
-    assert path.read_text().count(right) == 1
-    path.write_text(path.read_text().replace(right, wrong))
-    broken = Moments(tmp_path / "csrc", tmp_path)
+    broken = Moments(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path)
     with pytest.raises((OutOfBounds, AssertionError)):
         battery(broken)

@@ -170,8 +170,8 @@ class Bucket:
     @cached_property
     def spans(self) -> Tensor:
         """int64 (n, 3): start, stop and entry of the parts of parameters in this rank's shard."""
-        pieces = self.layout.pieces(*self.layout.span(self.comm.rank))
-        rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in pieces]
+        assert self.grads is not None
+        rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in self.grads.pieces]
         return torch.tensor(rows, dtype=torch.int64)
 
     @property

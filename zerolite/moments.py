@@ -61,7 +61,21 @@ class FloatMoments:
         return [self.m, self.v]
 
 
-class BFloatMoments:
+class _Rounded:
+    """What rounded moments share: the op that decodes, updates and encodes."""
+
+    m: Tensor
+    v: Tensor
+    scales: Tensor  # empty where a moment needs none
+
+    def update(
+        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
+    ) -> None:
+        table = torch.tensor(rows, dtype=torch.float32)
+        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
+
+
+class BFloatMoments(_Rounded):
     """bfloat16, rounded up or down at random by the update (see docs/moments.md)."""
 
     width, group_width = 4, 0
@@ -70,12 +84,6 @@ class BFloatMoments:
         self.m = zeros(numel, torch.bfloat16, device)
         self.v = zeros(numel, torch.bfloat16, device)
         self.scales = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def update(
-        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
-    ) -> None:
-        table = torch.tensor(rows, dtype=torch.float32)
-        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         return self.m[part].float(), self.v[part].float()
@@ -88,7 +96,7 @@ class BFloatMoments:
         return [self.m, self.v]
 
 
-class ByteMoments:
+class ByteMoments(_Rounded):
     """A byte for each moment, and two scales of a byte for each group."""
 
     width, group_width = 2, 2
@@ -98,12 +106,6 @@ class ByteMoments:
         self.m = zeros(numel, torch.uint8, device)
         self.v = zeros(numel, torch.uint8, device)
         self.scales = torch.zeros(numel // codec.GROUP, 2, dtype=torch.uint8, device=device)
-
-    def update(
-        self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
-    ) -> None:
-        table = torch.tensor(rows, dtype=torch.float32)
-        reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         whole, groups = _whole(part)

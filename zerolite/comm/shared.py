@@ -193,9 +193,9 @@ class SharedComm:
     # ---- in shared memory
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
-        near = [spec for spec in specs if not spec.scatter]
-        shared, group = iter(shared_lanes(self, near) if near else []), iter(self.group.lanes(specs, device))
-        return [other if spec.scatter else next(shared) for spec, other in zip(specs, group, strict=True)]
+        near, far = [spec for spec in specs if not spec.scatter], [spec for spec in specs if spec.scatter]
+        shared, group = iter(shared_lanes(self, near) if near else []), iter(self.group.lanes(far, device))
+        return [next(group if spec.scatter else shared) for spec in specs]
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
         return None if sharded and len(self.hosts) > 1 else Home(self, numel, dtype)
