@@ -20,42 +20,27 @@ and writing one raises, instead of a stale value.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zerolite.buffer import zeros
+from zerolite.average import Average, Far, Near, Staging
+from zerolite.buffer import Link, Mark, Reached, Room
 from zerolite.comm import Comm, Pending
+from zerolite.comm.flags import Arriving
 from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
 from zerolite.comm.shared import Home
+from zerolite.dtypes import bits_dtype, dense_strides, rest_dtype
+from zerolite.entry import Entry
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
 from zerolite.meta import make_real
 from zerolite.placement import Plan, Widths
 from zerolite.update import Rule, State, Target
-
-
-class Entry:
-    """One parameter, as zerolite knows it."""
-
-    def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
-        self.name = name
-        self.param = param
-        self.group = group  # the user's param group; None: in the model, not in the optimizer
-        self.index = -1  # position among all entries
-        self.slot = -1  # position in the bucket
-        self.bucket: Bucket | None = None  # None: frozen since the start, and parameters rest whole
-        self.handle: Tensor | None = None  # the lazy p.grad; None: not trained yet
-        self.task = -1  # the backward in which the last gradient arrived
-        self.live = False  # gradients were collected since the last zero_grad or step
-        self.consumed = False  # a step used them up and p.grad was not cleared since
-        self.factor = 1.0  # recorded by clipping and unscaling
-        self.steps = 0  # updates applied
-        self.version = 0  # p._version after our own last write
 
 
 class Bucket:
@@ -70,7 +55,10 @@ class Bucket:
     whole: bool  # `full` holds the parameters, or a gather into it is under way
     home: Home | None  # the parameters once for all ranks of a host; None: every rank has its own
     shard: Tensor  # 1D, layout.shard, compute dtype: this rank's range
-    mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`; a copy after outside writes to a home
+    mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`; a copy after outside writes to a home;
+    # where states are offloaded, the host's half, which is copied up to `own` after an update
+    own: Tensor  # 1D: the same range on the device
+    room: Room  # where `mine`, `rest` and the states rest
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
     state: State | None  # None: not trained
     grads: Gradients | None
@@ -80,9 +68,18 @@ class Bucket:
     pending: Pending | None  # a gather or publish into `full` under way
     published: Pending | None  # a publish into the shared home under way
     stale: bool  # this process has private pages over the shared home
+    settle: Callable[[], None]  # waits for an update that goes on beside the training loop
 
     def __init__(
-        self, name: str, layout: Layout, entries: list[Entry], plan: Plan, comm: Comm, dtype: torch.dtype, trained: bool
+        self,
+        name: str,
+        layout: Layout,
+        entries: list[Entry],
+        plan: Plan,
+        comm: Comm,
+        dtype: torch.dtype,
+        trained: bool,
+        link: Link,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -93,8 +90,11 @@ class Bucket:
         self.stale = False
         self.state = None
         self.grads = None
+        self.settle = lambda: None
+        self.link = link
         device = torch.device("cpu") if entries[0].param.is_meta else entries[0].param.device
-        self.rest = torch.empty(0, device=device)
+        self.room = link.host if plan.states.home == "host" else Room(device)
+        self.rest = torch.empty(0, device=self.room.device)
         self._fill(dtype, device, trained)
 
     def _fill(self, dtype: torch.dtype, device: torch.device, trained: bool) -> None:
@@ -116,7 +116,7 @@ class Bucket:
             values = full
         self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
-        if self.plan.states.sharded:  # else every rank writes all of it
+        if self.plan.states.sharded and not self.apart:  # else every rank writes all of it
             self.home = self.comm.home(self.layout.numel, dtype, self.plan.params.sharded)
         if self.home is not None:
             self.home.shared[start:stop] = self.shard
@@ -124,12 +124,16 @@ class Bucket:
             self.home.publish(f"set-up {self.name}").wait()
         elif self.plan.params.sharded:
             self.shard = self.shard.clone()
-        self.mine = self.shard if self.plan.states.sharded else self.full
+        self.mine = self.own = self.shard if self.plan.states.sharded else self.full
+        if self.apart and (trained or self.plan.params.home == "host"):
+            self.mine = self.room.zeros(self.own.numel(), dtype).copy_(self.own)
+        if self.plan.params.home == "host":
+            self.shard = self.own = self.mine
         if low is not None and trained:
             part = low[start:stop] if self.plan.states.sharded else low
-            self.rest = zeros(part.numel(), part.dtype, device).copy_(part)
+            self.rest = self.room.zeros(part.numel(), part.dtype).copy_(part)
         elif source != dtype and trained:
-            self.rest = zeros(self.mine.numel(), rest_dtype(dtype), device)
+            self.rest = self.room.zeros(self.mine.numel(), rest_dtype(dtype))
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
         self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
         self.blank_places = [blank.data_ptr() for blank in self.blanks]
@@ -148,14 +152,25 @@ class Bucket:
             entry.param.data = tensor
             entry.version = entry.param._version
 
-    def train(self, rule: Rule, lane: Lane, suspect: Tensor) -> None:
+    @property
+    def apart(self) -> bool:
+        """Whether states are in another memory than the device's."""
+        return self.link.separate and self.plan.states.home == "host"
+
+    def train(self, rule: Rule, lane: Lane, suspect: Tensor, staging: Staging | None) -> None:
         """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
+        if self.apart and self.mine is self.own and self.plan.params.home != "host":  # frozen until now
+            self.mine = self.room.zeros(self.own.numel(), self.full.dtype).copy_(self.own)
         if self.rest.numel() == 0 and self.full.dtype != torch.float32:
-            self.rest = zeros(self.mine.numel(), rest_dtype(self.full.dtype), self.mine.device)
+            self.rest = self.room.zeros(self.mine.numel(), rest_dtype(self.full.dtype))
             if self.full.dtype == torch.float16:
                 self.rest.copy_(self.mine)
-        self.state = rule.allocate(self.pieces, self.mine.numel(), self.mine.device)
-        self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, self.full.dtype, suspect)
+        self.state = rule.allocate(self.pieces, self.mine.numel(), self.room)
+        device, dtype = self.full.device, self.full.dtype
+        average: Average = Near(self.layout.shard, device)
+        if staging is not None:
+            average = Far(self.layout.shard, dtype, self.spans, device, staging)
+        self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -170,9 +185,9 @@ class Bucket:
     @cached_property
     def spans(self) -> Tensor:
         """int64 (n, 3): start, stop and entry of the parts of parameters in this rank's shard."""
-        assert self.grads is not None
-        rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in self.grads.pieces]
-        return torch.tensor(rows, dtype=torch.int64)
+        parts = self.layout.pieces(*self.layout.span(self.comm.rank))
+        rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in parts]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     @property
     def trained(self) -> bool:
@@ -186,13 +201,26 @@ class Bucket:
             return
         self.whole = True
         what = f"gather {self.name}"
+        self.settle()
         if self.home is not None:
             self.comm.ledger.enter(what, 0)
             self.pending = Done(self.full)
         else:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-            self.pending = self.comm.gather(self.full, self.shard, what)
+            up = self.apart and self.plan.params.home == "host"
+            self.pending = self._bring(what) if up else self.comm.gather(self.full, self.shard, what)
         self.comm.ledger.note("gather", self.name)
+
+    def _bring(self, what: str) -> Pending:
+        """Gathers where parameters rest on the host: this rank's shard goes up to its range, and the ranges to all ranks."""
+        start, stop = self.layout.span(self.comm.rank)
+        came = self.link.up(self.full[start:stop], self.shard, Reached())
+        if self.plan.alone:
+            self.comm.ledger.enter(what, 0)
+            return Arriving(came.wait, self.full)
+        with self.link.aside():
+            came.wait()
+            return self.comm.gather(self.full, self.full[start:stop], what)
 
     def ready(self) -> None:
         """Waits for a gather under way and shows the parameters whole."""
@@ -216,15 +244,22 @@ class Bucket:
         self.whole = False
         self.comm.ledger.note("release", self.name)
 
-    def publish(self) -> None:
-        """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole."""
+    def publish(self, comm: Comm | None = None, after: Mark | None = None) -> None:
+        """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole.
+
+        comm   what carries it, where this is done beside the training loop
+        after  until then the device uses the old values
+        """
+        comm = comm or self.comm
+        if self.mine is not self.own and self.home is None:
+            self.link.up(self.own, self.mine, after or self.link.now()).wait()
         if self.home is not None:
             self.published = self.home.publish(f"gather {self.name}")
         elif self.plan.states.sharded and not self.plan.params.sharded:
-            self.pending = self.comm.gather(self.full, self.shard, f"gather {self.name}")
+            self.pending = comm.gather(self.full, self.shard, f"gather {self.name}")
         else:
             return
-        self.comm.ledger.note("publish", self.name)
+        comm.ledger.note("publish", self.name)
 
     def finish_publish(self) -> None:
         """Waits for a publish."""
@@ -261,7 +296,7 @@ class Bucket:
         everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
         """
         slots = list(range(len(self.entries))) if everywhere else self.written()
-        separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
+        separate = self.plan.params.sharded or self.home is not None or self.mine is not self.own  # `mine` is no view of `full`
         if self.home is not None:
             self.stale = self.stale or self.home.dirty()
             slots = list(range(len(self.entries))) if self.stale else []
@@ -277,7 +312,7 @@ class Bucket:
             part = slice(piece.offset, piece.offset + piece.stop - piece.start)
             at = self.layout.slots[piece.slot].offset + piece.start
             assert piece.offset == at - start
-            new = self.full[at : at + piece.stop - piece.start]
+            new = self.full[at : at + piece.stop - piece.start].to(self.mine.device)
             changed = torch.ones_like(new, dtype=torch.bool)
             if separate:
                 changed = new.view(bits_dtype(new.dtype)) != self.mine[part].view(bits_dtype(new.dtype))
@@ -297,13 +332,25 @@ class Bucket:
 
     # ---- the update
 
-    def update(self, targets: list[Target]) -> None:
-        """One fused pass over the range this rank updates: sum, average, update, new parameters."""
+    def prepare(self, targets: list[Target]) -> Callable[[], None]:
+        """One fused pass over the range this rank updates: sum, average, update, new parameters. It is for the caller to run,
+        once, here or in a thread; what it reads of the training loop (learning rates) is read now."""
         assert self.state is not None and self.grads is not None
         if self.home is not None and self.mine is not self.shard:
             self.mine = self.shard.copy_(self.mine)
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
-        self.state.step(self.mine, self.rest, sources, mean, targets)
+        coming, work = self.grads.average.coming, self.state.prepare(targets)
+
+        def run() -> None:
+            coming.sync()
+            work(self.mine, self.rest, sources, mean)
+
+        return run
+
+    def update(self, targets: list[Target]) -> None:
+        """`prepare`, done at once."""
+        self.prepare(targets)()
+        assert self.grads is not None
         self.comm.ledger.note("update", self.name)
         self.grads.clear()
 
@@ -312,8 +359,13 @@ class Bucket:
         assert self.grads is not None
         self.grads.finish()
         average = self.grads.sources()[0][0]
-        full = torch.empty(self.layout.numel, dtype=average.dtype, device=average.device)
-        return self.comm.gather(full, average, f"gather {self.name} gradients").wait()
+        what = f"gather {self.name} gradients"
+        if self.plan.alone:
+            self.comm.ledger.enter(what, 0)
+            return average
+        self.grads.average.coming.sync()
+        full = torch.empty(self.layout.numel, dtype=average.dtype, device=self.full.device)
+        return self.comm.gather(full, average.to(full.device), what).wait().to(average.device)
 
     def wrote(self, entries: list[Entry]) -> None:
         """Marks parameters as changed, for autograd (a saved tensor of an older graph raises) and for us."""
@@ -332,8 +384,8 @@ class Bucket:
         """One tensor of `mine`'s range, made whole over ranks."""
         if not self.plan.states.sharded:
             return local
-        full = torch.empty(self.layout.numel, dtype=local.dtype, device=local.device)
-        return self.comm.gather(full, local.contiguous(), f"{what} {self.name}").wait()
+        full = torch.empty(self.layout.numel, dtype=local.dtype, device=self.full.device)
+        return self.comm.gather(full, local.contiguous().to(full.device), f"{what} {self.name}").wait().to(local.device)
 
     @property
     def row(self) -> tuple[Layout, int, int, bool]:
@@ -344,6 +396,7 @@ class Bucket:
         """Live tensors by term of memory.FINE (views of one storage count once, in the first term that has them)."""
         if self.home is None:
             params, units = ([self.shard], [self.full]) if self.plan.params.sharded else ([self.full, self.shard], [])
+            params += [self.mine] if self.mine is not self.own else []
         else:  # `full` and `shard` are the same memory, mapped twice: a gather takes none
             params, units = [self.shard if self.plan.params.sharded else self.full], []
             params += [self.mine] if self.mine is not self.shard else []
@@ -357,21 +410,6 @@ class Bucket:
             "master": [self.rest],
             "moments": self.state.tensors() if self.state is not None else [],
         }
-
-
-def rest_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of what completes a parameter to its fp32 master: int16 remainder of bf16, fp32 master of fp16."""
-    return {torch.bfloat16: torch.int16, torch.float16: torch.float32, torch.float32: torch.float32}[dtype]
-
-
-def bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The integer dtype of the same width, to compare bits (NaN included)."""
-    return torch.int32 if dtype == torch.float32 else torch.int16
-
-
-def dense_strides(p: Tensor) -> tuple[int, ...]:
-    """The strides of p where it is dense without overlap (channels_last, transposed), else contiguous ones."""
-    return torch.empty_like(p, device="meta").stride()
 
 
 __all__ = ["Bucket", "Entry", "Widths", "bits_dtype", "dense_strides", "rest_dtype"]

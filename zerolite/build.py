@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zerolite.average import Staging
 from zerolite.bucket import Bucket, Entry, rest_dtype
+from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
 from zerolite.comm.lane import LaneSpec
 from zerolite.comm.shared import SharedComm, share_host
@@ -26,8 +28,10 @@ from zerolite.placement import Plan, Setting, Widths, make_plan, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule, make_rule
+from zerolite.updates import AtOnce, Overlap, Updates
 from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
+from zerolite.worker import Worker
 
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
@@ -45,6 +49,8 @@ class Checked:
     classes: Any  # units=, where parameters rest sharded
     limit: int  # bytes of a bucket
     device: torch.device
+    link: Link
+    overlap: bool
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Built:
     model: nn.Module | None
     checked: Checked
     owner: dict[int, Unit]  # id(bucket) -> unit
+    updates: Updates
+    staging: Staging | None  # of states in another memory than the device's
     here: int  # ranks on this host
 
     def __post_init__(self) -> None:
@@ -149,7 +157,7 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     assert checked is not None
     _compare(shared, comm)
     here = sum(host == host_identity()[0] for host, _ in hosts)
-    return _make(checked, model, share_host(comm, hosts), here)
+    return _make(checked, model, comm if checked.link.separate else share_host(comm, hosts), here)
 
 
 def _share_cores(hosts: list[tuple[str, int]]) -> None:
@@ -192,7 +200,8 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
                 )
     limit = max(int(options["bucket_mb"] * 2**20), 1)
     classes = options["units"] if plan.params.sharded else None
-    return Checked(plan, make_rule(optimizer, options["moments"]), entries, specs, dtype, classes, limit, device)
+    rule = make_rule(optimizer, options["moments"])
+    return Checked(plan, rule, entries, specs, dtype, classes, limit, device, link_for(device), options["overlap"])
 
 
 def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:
@@ -264,6 +273,11 @@ def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
 def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:
     plan, entries = checked.plan, checked.entries
     reducer = Reducer(plan, comm, checked.device)
+    worker = Worker("zerolite update")
+    staging = Staging(checked.link, worker) if checked.link.separate and plan.states.home == "host" else None
+    updates: Updates = AtOnce()
+    if staging is not None and checked.overlap and checked.rule.threaded:
+        updates = Overlap(checked.link, worker, comm.beside())
     asleep = {p: p.dtype for p in model.parameters() if p.is_meta} if model is not None else {}
     by_param = {entry.param: entry for entry in entries}
     buckets: list[Bucket] = []
@@ -282,15 +296,18 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
         fresh = [b for b in buckets if b.entries[0].param in asleep]
         Materialise(model, asleep, entries, comm).run(fresh, modules)
     copy_the_rest(entries, checked.dtype, model, comm)
-    _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer)
+    _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer, staging)
     built: Built
     schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
     on_collected: Callable[[Entry], None] = lambda entry: None  # noqa: E731
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
+    reducer.at_start.append(updates.settle)  # a backward writes to the gradients that updates read
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
-    built = Built(comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner, here)
+    built = Built(
+        comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner, updates, staging, here
+    )
     for entry in entries:
         if entry.bucket is not None and entry.bucket.trained:
             _listen(built, entry)
@@ -307,11 +324,12 @@ def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[
     buckets: list[Bucket] = []
     for spec in cut_buckets([(entry.name, entry.param) for entry in members], comm.size, checked.dtype, checked.limit):
         part = [members[k] for k in spec.members]
-        buckets.append(Bucket(f"{name} {len(buckets)}", spec.layout, part, checked.plan, comm, spec.dtype, spec.trained))
+        label = f"{name} {len(buckets)}"
+        buckets.append(Bucket(label, spec.layout, part, checked.plan, comm, spec.dtype, spec.trained, checked.link))
     return buckets
 
 
-def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer) -> None:
+def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer, staging: Staging | None) -> None:
     """States, gradient buffers and lanes for buckets, which go out last first."""
     if not buckets:
         return
@@ -323,7 +341,7 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer) -> None:
     ]
     lanes = reducer.comm.lanes(specs, checked.device)
     for bucket, lane in zip(order, lanes, strict=True):
-        bucket.train(checked.rule, lane, reducer.suspect)
+        bucket.train(checked.rule, lane, reducer.suspect, staging)
     reducer.add(buckets)
 
 
@@ -368,7 +386,7 @@ def late_buckets(built: Built, entries: list[Entry]) -> None:
     made = _cut(f"late {len(built.buckets)}", fresh, built.checked, built.comm)
     built.buckets += made
     affected = dict.fromkeys([*made, *(entry.bucket for entry in entries if entry.bucket is not None)])
-    _train([bucket for bucket in affected if not bucket.trained], built.checked, built.reducer)
+    _train([bucket for bucket in affected if not bucket.trained], built.checked, built.reducer, built.staging)
     for entry in entries:
         if entry.handle is None:
             _listen(built, entry)

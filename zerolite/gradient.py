@@ -19,10 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zerolite.buffer import zeros
+from zerolite.average import Average
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
-from zerolite.kernels import exceeds_, pack_, reduce_
+from zerolite.kernels import exceeds_, pack_
 from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
@@ -50,12 +50,18 @@ class Gradients:
     base: Tensor | None  # the local sum that this (wide) round begins with, until it is packed
     flight: Pending | None  # the exchange under way
     taken: list[Tensor]  # the sources of a round that is being summed
-    average: Tensor | None  # 1D, layout.shard: averaged gradient; compute dtype, or fp32 after a second round
-    spare: Tensor | None  # the memory of an average that was used up, for the next one where
-    # gradients rest sharded: new pages cost more than the average itself
+    average: Average  # of the rounds so far, in this rank's shard
 
     def __init__(
-        self, name: str, layout: Layout, comm: Comm, lane: Lane, like: list[Tensor], dtype: torch.dtype, suspect: Tensor
+        self,
+        name: str,
+        layout: Layout,
+        comm: Comm,
+        lane: Lane,
+        like: list[Tensor],
+        dtype: torch.dtype,
+        suspect: Tensor,
+        average: Average,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -67,7 +73,7 @@ class Gradients:
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
         self.expected = len(layout.slots)
-        self.average = self.spare = None
+        self.average = average
         self.lane.settle = self.finish
         self.clear()
 
@@ -77,10 +83,9 @@ class Gradients:
         self.arrived = {}
         self.packed = set()
         self.wide = False
-        self.full = self.local = self.base = self.flight = self.average = None
+        self.full = self.local = self.base = self.flight = None
         self.taken = []
-        if not self.lane.transient:
-            self.spare = None
+        self.average.clear(self.lane.transient)
 
     @property
     def complete(self) -> bool:
@@ -169,60 +174,43 @@ class Gradients:
 
     def peek(self) -> tuple[list[Tensor], float]:
         """As `sources`, without using them up; no sources where there is no gradient."""
-        if self.flight is not None and self.average is None:
+        if self.flight is not None and self.average.value is None and not self.average.apart:
             return list(self.flight.wait()), self.lane.mean
         self.finish()
-        return ([] if self.average is None else [self.average]), 1.0
+        value = self.average.settled()
+        return ([] if value is None else [value]), 1.0
 
     def sources(self) -> tuple[list[Tensor], float]:
-        """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average."""
+        """What to sum, and the factor of the sum: the sources of a lone round in flight, else the average.
+
+        An average on the host may be on its way: it is there once `average.coming` is reached.
+        """
         assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
-        if self.flight is not None and self.average is None:
+        if self.flight is not None and self.average.value is None and not self.average.apart:
             self.taken = list(self.flight.wait())
             self.flight = None
             return self.taken, self.lane.mean
         self.finish()
-        if self.average is None:
-            self.average = torch.zeros(self.layout.shard, dtype=self.dtype, device=self.suspect.device)
-        return [self.average], 1.0
+        if self.average.value is None:
+            self.average.value = self.average.nothing(self.dtype)
+        return [self.average.value], 1.0
 
     def finish(self) -> None:
-        """Averages the round in flight into `average`."""
+        """Averages the round in flight."""
         if self.flight is None:
             return
         self.taken = sources = list(self.flight.wait())
         self.flight = None
-        if self.average is None and len(sources) == 1 and self.lane.mean == 1.0:
-            self.average = sources[0]
-        else:
-            self._add(sources)
+        self.average.add(sources, self.lane.mean, self.lane.done)
         self.comm.ledger.note("average", self.name)  # while both are held
         self.taken = []
-
-    def _add(self, sources: list[Tensor]) -> None:
-        """Sums a round into `average`."""
-        first = self.average is None
-        if self.average is None:
-            self.average = self._room(sources[0])
-        elif self.average.dtype != torch.float32 or len(sources) == 1:
-            self.average, self.spare = self.average.to(torch.float32, copy=True), None
-        reduce_(self.average, sources, self.lane.mean, not first)
-        self.lane.done()
-
-    def _room(self, like: Tensor) -> Tensor:
-        """Memory for an average."""
-        if self.spare is None or self.spare.dtype != like.dtype:
-            self.spare = zeros(self.layout.shard, like.dtype, like.device)
-        return self.spare
 
     def multiply(self, slot: int, factor: float) -> None:
         """Scales what was averaged of one slot, in fp32."""
         self.finish()
-        if self.average is None:
-            return
-        self.average, self.spare = self.average.float(), None
-        for part in self._parts(slot):
-            part.mul_(factor)
+        if self.average.value is not None:
+            for part in self._parts(slot, self.average.widen()):
+                part.mul_(factor)
 
     def discard(self, slot: int) -> None:
         """Forgets one parameter's gradient in every form."""
@@ -232,18 +220,19 @@ class Gradients:
         for flat in (self.full, self.local, self.base):
             if flat is not None:
                 self.view(flat, slot).zero_()
-        if self.average is not None:
-            for part in self._parts(slot):
+        value = self.average.settled()
+        if value is not None:
+            self.average.squares = None
+            for part in self._parts(slot, value):
                 part.zero_()
 
-    def _parts(self, slot: int) -> list[Tensor]:
-        assert self.average is not None
-        return [self.average[p.offset : p.offset + p.stop - p.start] for p in self.pieces if p.slot == slot]
+    def _parts(self, slot: int, value: Tensor) -> list[Tensor]:
+        return [value[p.offset : p.offset + p.stop - p.start] for p in self.pieces if p.slot == slot]
 
     def resting(self) -> list[Tensor]:
         """What holds gradients where they rest: averages, and a packed round where gradients rest whole."""
         whole = None if self.lane.transient else self.full
-        return [t for t in (whole, self.average, self.spare) if t is not None]
+        return self.average.held() + ([whole] if whole is not None else [])
 
     def flying(self) -> list[Tensor]:
         """What holds gradients on their way: not packed, packed, summed under no_sync(), sent, being summed."""

@@ -139,9 +139,11 @@ class Grads:
         self.reducer.settle(f"read {entry.name}")
         assert entry.bucket is not None
         full = entry.bucket.whole_gradient()
+        grads_of(entry.bucket).average.coming.sync()
         value = grads_of(entry.bucket).view(full, entry.slot)
         assert entry.handle is not None
-        return (value.float() * entry.factor if entry.factor != 1.0 else value).to(entry.handle.dtype)
+        value = value.float() * entry.factor if entry.factor != 1.0 else value.clone()  # not the average itself
+        return value.to(entry.handle.device, entry.handle.dtype)
 
     def zero(self, entry: Entry) -> None:
         """p.grad becomes zeros, which still takes part in the next step."""

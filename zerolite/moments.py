@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import zeros
+from zerolite.buffer import Room
 from zerolite.kernels import codec, reduce_adam_, reduce_adam_moments_
 
 
@@ -17,7 +17,7 @@ class Moments(Protocol):
     width: int  # bytes an element
     group_width: int  # bytes a group of layout.ALIGN elements, beside
 
-    def __init__(self, numel: int, device: torch.device) -> None: ...
+    def __init__(self, numel: int, room: Room) -> None: ...
 
     def update(
         self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
@@ -41,9 +41,9 @@ class FloatMoments:
 
     width, group_width = 8, 0
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.m = zeros(numel, torch.float32, device)
-        self.v = zeros(numel, torch.float32, device)
+    def __init__(self, numel: int, room: Room) -> None:
+        self.m = room.zeros(numel, torch.float32)
+        self.v = room.zeros(numel, torch.float32)
 
     def update(
         self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
@@ -80,10 +80,10 @@ class BFloatMoments(_Rounded):
 
     width, group_width = 4, 0
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.m = zeros(numel, torch.bfloat16, device)
-        self.v = zeros(numel, torch.bfloat16, device)
-        self.scales = torch.empty(0, dtype=torch.uint8, device=device)
+    def __init__(self, numel: int, room: Room) -> None:
+        self.m = room.zeros(numel, torch.bfloat16)
+        self.v = room.zeros(numel, torch.bfloat16)
+        self.scales = torch.empty(0, dtype=torch.uint8, device=room.device)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         return self.m[part].float(), self.v[part].float()
@@ -101,11 +101,11 @@ class ByteMoments(_Rounded):
 
     width, group_width = 2, 2
 
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, room: Room) -> None:
         assert numel % codec.GROUP == 0, "ranges are whole groups"
-        self.m = zeros(numel, torch.uint8, device)
-        self.v = zeros(numel, torch.uint8, device)
-        self.scales = torch.zeros(numel // codec.GROUP, 2, dtype=torch.uint8, device=device)
+        self.m = room.zeros(numel, torch.uint8)
+        self.v = room.zeros(numel, torch.uint8)
+        self.scales = room.zeros(numel // codec.GROUP * 2, torch.uint8).view(-1, 2)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         whole, groups = _whole(part)

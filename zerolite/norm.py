@@ -38,7 +38,7 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
     found = []
     for bucket in reducer.order:
         grads_of(bucket).finish()
-        average = grads_of(bucket).average
+        average = grads_of(bucket).average.settled()
         if average is not None:
             found.append((average, [(piece, bucket.entries[piece.slot]) for piece in grads_of(bucket).pieces]))
     return found
@@ -46,10 +46,19 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
 
 def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     sums = torch.zeros(len(entries), LIMBS, dtype=torch.int64, device=reducer.suspect.device)
+    away = torch.zeros(len(entries) if reducer.plan.states.home == "host" else 0, LIMBS, dtype=torch.int64)
     for bucket in reducer.order:
+        if grads_of(bucket).flight is not None and grads_of(bucket).average.apart:
+            grads_of(bucket).finish()
+        squares = grads_of(bucket).average.squares
+        if squares is not None:  # counted on the device, as the gradients left it
+            sums.index_add_(0, bucket.spans[:, 2].to(sums.device), squares)
+            continue
         sources, mean = grads_of(bucket).peek()
         if bucket.spans.numel() and sources:
-            square_sum_(sums, sources, bucket.spans, mean)
+            square_sum_(sums if sources[0].device == sums.device else away, sources, bucket.spans, mean)
+    if len(away):
+        sums += away.to(sums.device)
     reducer.comm.sum_(sums, "norm 2")
     return square_roots(sums)
 

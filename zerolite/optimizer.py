@@ -42,6 +42,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         units: module classes that are gathered as one at stage 3; None: children of the outermost ModuleLists and
             Sequentials.
         bucket_mb: size of a bucket in MiB of compute dtype; a parameter is never split between buckets.
+        overlap: with offload on a GPU, step() returns while the host updates, and each parameter waits for its new value
+            when it is used; False: step() waits. The same bits. On a CPU there is nothing to overlap.
         process_group: a torch.distributed group; None: the default group, or a world of one.
 
     Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
@@ -61,6 +63,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         moments: str = "fp32",
         units: Iterable[type[nn.Module]] | None = None,
         bucket_mb: float = DEFAULT_BUCKET_MB,
+        overlap: bool = True,
         process_group: Any = None,
     ) -> None:
         self._built: Built | None = None
@@ -72,6 +75,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "moments": moments,
             "units": tuple(units) if units is not None else None,
             "bucket_mb": bucket_mb,
+            "overlap": overlap,
         }
         options, reasons = settle(optimizer, model, options, comm)
         built = build(optimizer, model, options, comm)
@@ -111,7 +115,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        built = self._parts
+        built = self._settled
         built.check_replaced()
         self._check_groups()
         if built.schedule is not None:
@@ -126,6 +130,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for entry in used:
                 entry.steps += 1
         built.grads.use_up()
+        built.updates.finish()
         self._whole = None
 
     def _update(self, present: list[bool]) -> None:
@@ -136,11 +141,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         built.reducer.begin(buckets[:1])
         for position, bucket in enumerate(buckets):
             built.reducer.begin(buckets[position + 1 : position + 2])
-            bucket.update(_targets(bucket, present))
-            bucket.wrote([entry for entry in bucket.entries if present[entry.index]])
-            bucket.publish()
-        for bucket in buckets:
-            bucket.finish_publish()
+            built.updates.update(bucket, _targets(bucket, present), [e for e in bucket.entries if present[e.index]])
 
     def _check_groups(self) -> None:
         """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
@@ -164,7 +165,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, as torch.optim.Optimizer.zero_grad."""
-        self._parts.grads.clear(set_to_none)
+        self._parts.updates.check()
+        with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
+            self._parts.grads.clear(set_to_none)
         self._parts.comm.ledger.note("zero_grad", "")
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -187,7 +190,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def full_params(self) -> Any:
         """Parameters whole on every rank inside (a collective); what every rank writes to them is kept."""
-        schedule = self._parts.schedule
+        schedule = self._settled.schedule
         if schedule is None:
             yield
         else:
@@ -202,13 +205,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def full_state(self) -> dict[str, dict[str, Any]]:
         """Optimizer state by parameter name, whole, on the CPU of every rank (a collective)."""
-        return checkpoint.whole_states(self._trained, self._parts.comm)
+        return checkpoint.whole_states(self._trained, self._settled.comm)
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, dict[str, Any]]:
         """This rank's part of the state by parameter, 1D: views of the elements it owns, of rounded moments copies in fp32."""
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
+            self._built.updates.settle()
             for bucket in self._trained:
                 for number, piece in enumerate(bucket.pieces):
                     entry = bucket.entries[piece.slot]
@@ -233,6 +237,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's part, without communication; after consolidate_state_dict(), on that rank, the whole."""
+        self._parts.updates.settle()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         whole = self._whole
@@ -247,7 +252,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on rank `to` (a collective); state_dict() there returns it until the next step."""
-        comm = self._parts.comm
+        comm = self._settled.comm
         if not 0 <= to < comm.size:
             raise ValueError(f"consolidate_state_dict: expected a rank from 0 to {comm.size - 1}, got {to}")
         self._whole = checkpoint.whole_state_dict(self.param_groups, self._trained, comm, comm.rank == to)
@@ -270,6 +275,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Loads states; parameters that are frozen now but have a saved state get theirs (the same on every rank)."""
+        self._parts.updates.settle()
         checkpoint.check_groups(state_dict, self.param_groups)
         saved = set(state_dict["state"]) | set(state_dict.get("zerolite", {}).get("steps", {}))
         params = [p for group in self.param_groups for p in group["params"]]
@@ -297,7 +303,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _adopt(self, entries: list[Entry]) -> None:
         """Gives states to parameters that were frozen, or not there, when the optimizer was built."""
-        late_buckets(self._parts, entries)
+        late_buckets(self._settled, entries)
 
     # ---- the rest
 
@@ -307,12 +313,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return self._built
 
     @property
+    def _settled(self) -> Built:
+        """The parts, when every update under way is done."""
+        self._parts.updates.settle()
+        return self._parts
+
+    @property
     def _trained(self) -> list[Bucket]:
         return [bucket for bucket in self._parts.buckets if bucket.trained]
 
     def remove_hooks(self) -> None:
         """Detaches from autograd and the model; the optimizer cannot be used afterwards."""
-        self._parts.hooks.remove()
+        self._settled.hooks.remove()
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer of {self._inner!r}\n{self.plan}"

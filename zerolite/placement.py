@@ -335,12 +335,13 @@ def make_plan(stage: object, offload: object, size: int) -> Plan:
             f"stage={number}. Use stage=3 or offload='states'."
         )
     host = "host" if offload else "device"
+    # offloaded gradients leave the device as they are averaged, at every stage, so they rest sharded
     return Plan(
         stage=number,
         offload=offload if offload is None else str(offload),
         size=size,
         params=Placement(number >= 3, "host" if offload == "all" else "device"),
-        grads=Placement(number >= 2, host),
+        grads=Placement(number >= 2 or host == "host", host),
         states=Placement(number >= 1, host),
     )
 

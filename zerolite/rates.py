@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from zerolite.buffer import Room
 from zerolite.host import usable_cores
 from zerolite.kernels import kernels_in_use, reduce_, set_threads, threads
 from zerolite.moments import MOMENTS
@@ -125,9 +126,8 @@ def _best(call: Callable[[], object], rounds: int = 4) -> float:
 
 def _update(name: str) -> float:
     """ns a parameter of one fused update: bf16 gradient, parameter and remainder."""
-    cpu = torch.device("cpu")
     numel = ELEMENTS if kernels_in_use() != "reference" else ELEMENTS // 16
-    moments = MOMENTS[name](numel, cpu)
+    moments = MOMENTS[name](numel, Room(torch.device("cpu")))
     param, rest = torch.ones(numel, dtype=torch.bfloat16), torch.zeros(numel, dtype=torch.int16)
     grad = torch.full((numel,), 1e-3, dtype=torch.bfloat16)
     spans = torch.tensor([[0, numel, 0]])

@@ -216,9 +216,11 @@ class Reducer:
         bad = torch.zeros(1, dtype=torch.int64, device=self.suspect.device)
         for bucket in self.order:
             grads_of(bucket).finish()
-            average = grads_of(bucket).average
+            average = grads_of(bucket).average.settled()
             if average is not None:
-                exceeds_(bad, average, float("inf"))
+                here = bad if average.device == bad.device else torch.zeros(1, dtype=torch.int64, device=average.device)
+                exceeds_(here, average, float("inf"))
+                bad = here if here is bad else bad + here.to(bad.device)
         self.comm.max_(bad, "step finite")
         return not bool(bad)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from zerolite.buffer import Room
 from zerolite.kernels import join, reduce_, split_
 from zerolite.layout import Piece
 from zerolite.moments import MOMENTS, Moments
@@ -31,13 +32,17 @@ class Target(NamedTuple):
     factor: float  # product of the recorded gradient factors (clipping, unscaling)
 
 
+#: (param, rest, sources, mean) of one element range: updates its targets, once.
+Work = Callable[[Tensor, Tensor, list[Tensor], float], None]
+
+
 class State(Protocol):
     """Optimizer states of one element range of a bucket."""
 
     counted: bool  # the number of updates is kept by the caller (Target.steps), not in the state
 
-    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
-        """Updates the targets of `param` and `rest` from the average of `sources`."""
+    def prepare(self, targets: list[Target]) -> Work:
+        """What updates the targets of `param` and `rest` from the average of `sources`, for param groups as they are now."""
         ...
 
     def read(self, piece: int) -> dict[str, Any]:
@@ -58,16 +63,19 @@ class Rule(Protocol):
 
     width: int  # bytes of state an element, without remainder or master
     group_width: int  # bytes of state a group of layout.ALIGN elements, beside
+    threaded: bool  # its work may run beside the training loop
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises NotImplementedError for options of a param group that this rule does not have."""
         ...
 
-    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> State: ...
+    def allocate(self, pieces: Sequence[Piece], numel: int, room: Room) -> State: ...
 
 
 class AdamRule:
     """torch.optim.Adam and AdamW (without amsgrad) on the fused kernels; moments stored as `moments` says."""
+
+    threaded = True
 
     def __init__(self, moments: str = "fp32") -> None:
         self.storage = MOMENTS[moments]
@@ -80,8 +88,8 @@ class AdamRule:
                 "Adam: expected amsgrad=False as when the ZeroOptimizer was built, got True. Build it with amsgrad=True."
             )
 
-    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> AdamState:
-        return AdamState(pieces, self.storage(numel, device))
+    def allocate(self, pieces: Sequence[Piece], numel: int, room: Room) -> AdamState:
+        return AdamState(pieces, self.storage(numel, room))
 
 
 class AdamState:
@@ -95,7 +103,7 @@ class AdamState:
         self.pieces = pieces
         self.moments = moments
 
-    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
+    def prepare(self, targets: list[Target]) -> Work:
         rows: dict[tuple[int, int, float], int] = {}
         table: list[tuple[float, ...]] = []
         spans: list[list[int]] = []
@@ -111,8 +119,13 @@ class AdamState:
             else:
                 spans.append([start, stop, row])
             last, at = piece, row
-        if spans:
-            self.moments.update(param, rest, sources, torch.tensor(spans), table, mean)
+        cut = torch.tensor(spans, dtype=torch.int64).view(-1, 3)
+
+        def work(param: Tensor, rest: Tensor, sources: list[Tensor], mean: float) -> None:
+            if spans:
+                self.moments.update(param, rest, sources, cut, table, mean)
+
+        return work
 
     def read(self, piece: int) -> dict[str, Any]:
         m, v = self.moments.read(_part(self.pieces[piece]))
@@ -151,6 +164,7 @@ class TorchRule:
     """Any other optimizer whose update of an element depends on that element alone: its own `step` on fp32 pieces."""
 
     group_width = 0
+    threaded = False  # it sets the number of intra-op threads, which belongs to the process
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -159,8 +173,8 @@ class TorchRule:
     def check(self, group: dict[str, Any]) -> None:
         _check_options(type(self.optimizer).__name__, group)
 
-    def allocate(self, pieces: Sequence[Piece], numel: int, device: torch.device) -> TorchState:
-        return TorchState(self.optimizer, pieces, device)
+    def allocate(self, pieces: Sequence[Piece], numel: int, room: Room) -> TorchState:
+        return TorchState(self.optimizer, pieces, room.device)
 
 
 class TorchState:
@@ -173,7 +187,19 @@ class TorchState:
         self.keys = [torch.nn.Parameter(torch.empty(0, device=device)) for _ in pieces]
         self.optimizer = clone(optimizer, [])
 
-    def step(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float, targets: list[Target]) -> None:
+    def prepare(self, targets: list[Target]) -> Work:
+        now = {id(target.group): copy.deepcopy({k: v for k, v in target.group.items() if k != "params"}) for target in targets}
+        return lambda *tensors: self._step(targets, now, *tensors)
+
+    def _step(
+        self,
+        targets: list[Target],
+        now: dict[int, dict[str, Any]],
+        param: Tensor,
+        rest: Tensor,
+        sources: list[Tensor],
+        mean: float,
+    ) -> None:
         gradient = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
         reduce_(gradient, sources, mean, False)
         groups: dict[int, dict[str, Any]] = {}
@@ -181,7 +207,7 @@ class TorchState:
             key, part = self.keys[target.piece], slice(target.start, target.stop)
             key.data = join(param[part], rest[part])
             key.grad = gradient[part].mul_(target.factor)
-            groups.setdefault(id(target.group), {**target.group, "params": []})["params"].append(key)
+            groups.setdefault(id(target.group), {**now[id(target.group)], "params": []})["params"].append(key)
         self.optimizer.param_groups = list(groups.values())
         with _single_thread():
             inspect.unwrap(type(self.optimizer).step)(self.optimizer)  # without global step hooks: this is a part of one step

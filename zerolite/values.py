@@ -33,8 +33,12 @@ def put(bucket: Bucket, piece: Piece, values: Tensor, at: int = 0) -> None:
     """Writes values (1D, any float dtype) to elements of `piece` from `at` on; low bits go to the remainder or master."""
     part = slice(piece.offset + at, piece.offset + at + values.numel())
     param = bucket.mine[part]
-    rest = bucket.rest[part] if bucket.rest.numel() else torch.empty(values.numel(), dtype=rest_dtype(param.dtype))
-    split_(param, rest, values.float())
+    rest = (
+        bucket.rest[part]
+        if bucket.rest.numel()
+        else torch.empty(values.numel(), dtype=rest_dtype(param.dtype), device=param.device)
+    )
+    split_(param, rest, values.to(param.device, torch.float32))
 
 
 def end(bucket: Bucket) -> None:

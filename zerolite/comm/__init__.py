@@ -71,6 +71,10 @@ class Comm(Protocol):
         """What carries the gradient rounds of buckets, listed in the order in which they go out."""
         ...
 
+    def beside(self) -> Comm:
+        """A Comm of the same ranks for another thread (a collective)."""
+        ...
+
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
         """One bucket's parameters in memory that all ranks of a host share, or None: every rank has its own.
 

@@ -133,6 +133,10 @@ class GroupComm:
         out = torch.empty(full.numel() // self.size, dtype=full.dtype, device=full.device)
         return self._start(what, out, lambda: _reduce_scatter(out, full, group=self.group, async_op=True))
 
+    def beside(self) -> GroupComm:
+        timeout = datetime.timedelta(seconds=self.timeout)
+        return GroupComm(dist.new_group(self.members, timeout=timeout, use_local_synchronization=True))
+
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
 

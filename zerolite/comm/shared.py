@@ -197,6 +197,9 @@ class SharedComm:
         shared, group = iter(shared_lanes(self, near) if near else []), iter(self.group.lanes(far, device))
         return [next(group if spec.scatter else shared) for spec in specs]
 
+    def beside(self) -> Comm:
+        return self.group.beside()
+
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> Home | None:
         return None if sharded and len(self.hosts) > 1 else Home(self, numel, dtype)
 

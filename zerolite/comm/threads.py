@@ -20,8 +20,20 @@ class Meeting:
 
     def __init__(self, size: int, timeout: float = 60.0) -> None:
         self.size = size
+        self.barrier_timeout = timeout
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.slots: list[Any] = [None] * size
+        self._lock = threading.Lock()
+        self._others: list[Meeting] = []
+        self._asked = 0
+
+    def beside(self) -> Meeting:
+        """One more meeting for each round of calls by all ranks."""
+        with self._lock:
+            if self._asked % self.size == 0:
+                self._others.append(Meeting(self.size, self.barrier_timeout))
+            self._asked += 1
+            return self._others[-1]
 
     def comms(self) -> list[ThreadComm]:
         """One Comm for each rank."""
@@ -30,6 +42,8 @@ class Meeting:
     def abort(self) -> None:
         """Wakes every waiting rank with an error (a rank failed)."""
         self.barrier.abort()
+        for other in self._others:
+            other.abort()
 
 
 class ThreadComm:
@@ -81,6 +95,9 @@ class ThreadComm:
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
         return message_lanes(self, specs, device)
+
+    def beside(self) -> ThreadComm:
+        return ThreadComm(self.meeting.beside(), self.rank)
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None

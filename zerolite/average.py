@@ -1,0 +1,193 @@
+"""Where the average of a bucket's rounds rests, and how a round gets there.
+
+Near   where the gradients are: summed into memory that is kept for the next step
+Far    on the host, beside a device: a round is averaged on the device and copied down while the backward goes on. The
+       squares of a lone round are summed on the device as it passes, so that clipping reads nothing on the host;
+       further rounds are added on the host, in order, by the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer import Link, Mark, Reached, zeros
+from zerolite.kernels import LIMBS, reduce_, square_sum_
+from zerolite.worker import Worker
+
+TURNS = 2  # rounds that are on their way to an average at once
+
+
+class Average(Protocol):
+    """One bucket's average of rounds on one rank."""
+
+    apart: bool  # it rests elsewhere than gradients come
+    value: Tensor | None  # 1D, layout.shard: compute dtype, or fp32 after a second round; there once `coming` is reached
+    coming: Mark
+    squares: Tensor | None  # int64 [parts, LIMBS]: exact sums of squares of the parts of parameters; None: not known
+
+    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
+        """Takes in a round: the average of `sources`, rounded to their dtype. `done` is called when they were read."""
+        ...
+
+    def settled(self) -> Tensor | None:
+        """The average once it is there."""
+        ...
+
+    def widen(self) -> Tensor:
+        """The average in fp32, to be written."""
+        ...
+
+    def nothing(self, dtype: torch.dtype) -> Tensor:
+        """Zeros: the average of no round."""
+        ...
+
+    def clear(self, keep: bool) -> None:
+        """Forgets it; keep: its memory is for the next (new pages cost more than the average itself)."""
+        ...
+
+    def held(self) -> list[Tensor]:
+        """Its memory."""
+        ...
+
+
+class Near:
+    """An average beside the gradients."""
+
+    apart = False
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.numel = numel
+        self.device = device
+        self.value: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.coming: Mark = Reached()
+        self.squares: Tensor | None = None
+
+    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
+        first = self.value is None
+        if self.value is None:
+            if len(sources) == 1 and mean == 1.0:
+                self.value = sources[0]
+                return
+            if self.spare is None or self.spare.dtype != sources[0].dtype:
+                self.spare = zeros(self.numel, sources[0].dtype, sources[0].device)
+            self.value = self.spare
+        elif self.value.dtype != torch.float32 or len(sources) == 1:
+            self.value, self.spare = self.value.to(torch.float32, copy=True), None
+        reduce_(self.value, list(sources), mean, not first)
+        done()
+
+    def settled(self) -> Tensor | None:
+        return self.value
+
+    def widen(self) -> Tensor:
+        assert self.value is not None
+        self.value, self.spare = self.value.float(), None
+        return self.value
+
+    def nothing(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.numel, dtype=dtype, device=self.device)
+
+    def clear(self, keep: bool) -> None:
+        self.value = None
+        if not keep:
+            self.spare = None
+
+    def held(self) -> list[Tensor]:
+        return [t for t in (self.value, self.spare) if t is not None]
+
+
+class Staging:
+    """Host memory for rounds after the first, lent in turns to all buckets."""
+
+    def __init__(self, link: Link, worker: Worker) -> None:
+        self.link = link
+        self.worker = worker
+        self.slots: list[Tensor | None] = [None] * TURNS  # fp32, as large as was needed
+        self.used: list[Mark] = [Reached()] * TURNS
+        self.turn = 0
+
+    def lend(self, numel: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """A slot that no one reads any more, and its number."""
+        self.turn = (self.turn + 1) % TURNS
+        self.used[self.turn].sync()
+        slot = self.slots[self.turn]
+        if slot is None or slot.numel() * 4 < numel * dtype.itemsize:
+            slot = self.slots[self.turn] = self.link.host.zeros(-(-numel * dtype.itemsize // 4), torch.float32)
+        return self.turn, slot.view(dtype)[:numel]
+
+
+class Far:
+    """An average on the host, of rounds on a device."""
+
+    apart = True
+
+    def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, device: torch.device, staging: Staging) -> None:
+        self.numel = numel
+        self.dtype = dtype  # of a first round, but for those that begin with a local fp32 sum
+        self.link = staging.link
+        self.staging = staging
+        self.parts = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+        self.value: Tensor | None = None
+        self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
+        self.coming: Mark = Reached()
+        self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=device)
+        self.squares: Tensor | None = None
+
+    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
+        fresh = sources[0]
+        if len(sources) > 1 or mean != 1.0:
+            fresh = torch.empty_like(sources[0])
+            reduce_(fresh, list(sources), mean, False)
+        done()
+        if self.value is None:
+            self.value = self._room(fresh.dtype)
+            self.coming = self.link.down(self.value, fresh)
+            self.squares = self.sums.zero_()
+            if len(self.parts):
+                square_sum_(self.sums, [fresh], self.parts, 1.0)
+            return
+        self.squares = None
+        if self.value.dtype != torch.float32:
+            self.widen()
+        turn, slot = self.staging.lend(self.numel, fresh.dtype)
+        came, before, value = self.link.down(slot, fresh), self.coming, self.value
+
+        def join() -> None:
+            before.sync()
+            came.sync()
+            reduce_(value, [slot], 1.0, True)
+
+        self.coming = self.staging.used[turn] = self.staging.worker.submit(join)
+
+    def settled(self) -> Tensor | None:
+        self.coming.sync()
+        return self.value
+
+    def widen(self) -> Tensor:
+        value = self.settled()
+        assert value is not None
+        if value.dtype != torch.float32:
+            self.value = self._room(torch.float32).copy_(value)
+        self.squares = None
+        assert self.value is not None
+        return self.value
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.kept:
+            self.kept[dtype] = self.link.host.zeros(self.numel, dtype)
+        return self.kept[dtype]
+
+    def nothing(self, dtype: torch.dtype) -> Tensor:
+        return self._room(dtype).zero_()
+
+    def clear(self, keep: bool) -> None:
+        self.value = self.squares = None
+        self.coming = Reached()
+
+    def held(self) -> list[Tensor]:
+        return list(self.kept.values())

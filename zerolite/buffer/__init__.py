@@ -1,0 +1,9 @@
+"""Memory for what stays, and copies between the host and a device.
+
+Nothing above this package knows streams, events or pinned pages.
+"""
+
+from zerolite.buffer.link import Link, Mark, Reached, link_for
+from zerolite.buffer.room import Room, zeros
+
+__all__ = ["Link", "Mark", "Reached", "Room", "link_for", "zeros"]

@@ -1,0 +1,129 @@
+"""A GPU and its host: pinned memory, and copies on a stream for each direction.
+
+NVIDIA CUDA Runtime API: a stream's work is in order, streams are ordered by events; copies run beside kernels only from
+and to page-locked host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import platform
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer.link import Mark
+from zerolite.buffer.room import Mapping, Room
+
+log = logging.getLogger("zerolite")
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+_MBIND = {"x86_64": 237, "aarch64": 235}  # mbind(2), which the C library does not wrap
+_PREFERRED = 1  # its policy MPOL_PREFERRED
+
+
+class Event:
+    """A recorded event."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = stream.record_event()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+    def sync(self) -> None:
+        self.event.synchronize()
+
+
+class Cuda:
+    """The link of a GPU."""
+
+    separate = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+        self.host = Room(torch.device("cpu"), self._pin)
+        self._down, self._up, self._aside = (torch.cuda.Stream(self.device) for _ in range(3))
+        self._node = _node_of(self.device)
+        self._said = False
+
+    def now(self) -> Mark:
+        return Event(torch.cuda.current_stream(self.device))
+
+    def down(self, out: Tensor, source: Tensor) -> Mark:
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            out.copy_(source, non_blocking=True)
+        source.record_stream(self._down)
+        return Event(self._down)
+
+    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
+        self._up.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._up):
+            after.wait()
+            out.copy_(source, non_blocking=True)
+        out.record_stream(self._up)
+        return Event(self._up)
+
+    def aside(self) -> AbstractContextManager:
+        return torch.cuda.stream(self._aside)
+
+    def _pin(self, region: Mapping) -> None:
+        """Pins in place, on the GPU's side of the host; pageable memory, said once, where that is refused."""
+        address, size = region.address, len(region)
+        if self._node is not None:
+            _prefer(address, size, self._node)
+        runtime: Any = torch.cuda.cudart()
+        try:
+            code = int(runtime.cudaHostRegister(address, size, _PORTABLE))
+        except RuntimeError as error:
+            code, reason = -1, str(error).splitlines()[0]
+        else:
+            reason = f"cudaHostRegister returned {code}"
+        if code == 0:
+            region.unpin = lambda: _unpin(runtime, address)
+        elif not self._said:
+            self._said = True
+            log.warning(
+                "zerolite: %d bytes of host memory cannot be pinned (%s); copies between host and GPU are slower and do not "
+                "overlap. Raise the limit of locked memory (ulimit -l) or free memory.",
+                size,
+                reason,
+            )
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    with contextlib.suppress(Exception):  # at exit the driver may be gone, and the pages with it
+        runtime.cudaHostUnregister(address)
+
+
+def _node_of(device: torch.device) -> int | None:
+    """The NUMA node of a GPU, as sysfs has it; None where there is one node, or none is named."""
+    values = torch.cuda.get_device_properties(device)
+    found = [getattr(values, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    numbers = [number for number in found if number is not None]
+    if len(numbers) < 3:
+        return None
+    path = Path("/sys/bus/pci/devices/{:04x}:{:02x}:{:02x}.0/numa_node".format(*numbers))
+    with contextlib.suppress(OSError, ValueError):
+        node = int(path.read_text())
+        return node if node >= 0 else None
+    return None
+
+
+def _prefer(address: int, size: int, node: int) -> None:
+    """Asks for pages of one NUMA node (a wish: where it has none left, others serve)."""
+    number = _MBIND.get(platform.machine())
+    if number is None:
+        return
+    mask = (ctypes.c_ulong * 16)()
+    mask[node // 64] = 1 << (node % 64)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).syscall(
+            number, ctypes.c_void_p(address), ctypes.c_ulong(size), _PREFERRED, mask, ctypes.c_ulong(16 * 64), 0
+        )

@@ -1,0 +1,101 @@
+"""What connects the memory in which a model computes with the memory in which offloaded tensors rest.
+
+    Same      a CPU: both are the same memory, and nothing is copied
+    cuda      a GPU and its host: copies on streams of their own (cuda.py)
+    simulated a CPU that plays a GPU: copies by threads, with delays (simulated.py), for tests
+
+A `Mark` is a point in what a device was asked to do. Copies run beside the computation and are ordered by marks alone.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer.room import Room
+
+
+class Mark(Protocol):
+    """A point in what was asked of a device."""
+
+    def wait(self) -> None:
+        """What this thread asks of the device from now on comes after it."""
+        ...
+
+    def sync(self) -> None:
+        """Returns when it is reached."""
+        ...
+
+
+class Reached:
+    """A mark that is reached already."""
+
+    def wait(self) -> None:
+        return
+
+    def sync(self) -> None:
+        return
+
+
+class Link(Protocol):
+    """Copies between a device and host memory. Calls return at once; every tensor is kept until its copy is done."""
+
+    separate: bool  # the host's memory is another memory than the device's
+    host: Room  # host memory that copies cross
+
+    def now(self) -> Mark:
+        """Everything that this thread has asked of the device so far."""
+        ...
+
+    def down(self, out: Tensor, source: Tensor) -> Mark:
+        """Copies a device tensor to the host, after all that this thread has asked of the device."""
+        ...
+
+    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
+        """Copies a host tensor to the device, after `after` and all that this thread has asked of the device."""
+        ...
+
+    def aside(self) -> AbstractContextManager:
+        """Inside, what this thread asks of the device runs beside the computation."""
+        ...
+
+
+class Same:
+    """A CPU."""
+
+    separate = False
+
+    def __init__(self) -> None:
+        self.host = Room(torch.device("cpu"))
+
+    def now(self) -> Mark:
+        return Reached()
+
+    def down(self, out: Tensor, source: Tensor) -> Mark:
+        out.copy_(source)
+        return Reached()
+
+    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
+        out.copy_(source)
+        return Reached()
+
+    def aside(self) -> AbstractContextManager:
+        return nullcontext()
+
+
+def link_for(device: torch.device) -> Link:
+    """The link of a device. `ZEROLITE_SIMULATE=SEED[:MILLISECONDS]` makes a CPU play a device, for tests."""
+    if device.type == "cuda":
+        from zerolite.buffer.cuda import Cuda
+
+        return Cuda(device)
+    simulate = os.environ.get("ZEROLITE_SIMULATE")
+    if simulate is not None:
+        from zerolite.buffer.simulated import Simulated
+
+        return Simulated.parse(simulate)
+    return Same()

@@ -1,0 +1,21 @@
+"""Dtypes and strides that go with a parameter's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rest_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of what completes a parameter to its fp32 master: int16 remainder of bf16, fp32 master of fp16."""
+    return {torch.bfloat16: torch.int16, torch.float16: torch.float32, torch.float32: torch.float32}[dtype]
+
+
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype of the same width, to compare bits (NaN included)."""
+    return torch.int32 if dtype == torch.float32 else torch.int16
+
+
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of p where it is dense without overlap (channels_last, transposed), else contiguous ones."""
+    return torch.empty_like(p, device="meta").stride()
