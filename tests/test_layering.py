@@ -25,6 +25,7 @@ LAYERS = {
     "entry": 2,
     "pending": 2,
     "average": 3,
+    "stream": 3,
     "updates": 4,
     "update": 2,
     "gradient": 3,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -40,7 +41,22 @@ from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
 from zerolite.meta import make_real
 from zerolite.placement import Plan, Widths
-from zerolite.update import Rule, State, Target
+from zerolite.update import Rule, State, Target, Work
+
+
+@dataclass
+class Pass:
+    """One update of a bucket, ready to run once."""
+
+    bucket: Bucket
+    work: Work
+    sources: list[Tensor]
+    mean: float
+    coming: Mark  # the sources are there
+
+    def __call__(self) -> None:
+        self.coming.sync()
+        self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
 
 
 class Bucket:
@@ -244,14 +260,15 @@ class Bucket:
         self.whole = False
         self.comm.ledger.note("release", self.name)
 
-    def publish(self, comm: Comm | None = None, after: Mark | None = None) -> None:
+    def publish(self, comm: Comm | None = None, after: Mark | None = None, up: bool = True) -> None:
         """Begins to copy every rank's updated range into `full` on all ranks, if parameters rest whole.
 
         comm   what carries it, where this is done beside the training loop
         after  until then the device uses the old values
+        up     the host's half is to be copied to the device first, where that is another memory
         """
         comm = comm or self.comm
-        if self.mine is not self.own and self.home is None:
+        if up and self.mine is not self.own and self.home is None:
             self.link.up(self.own, self.mine, after or self.link.now()).wait()
         if self.home is not None:
             self.published = self.home.publish(f"gather {self.name}")
@@ -332,20 +349,14 @@ class Bucket:
 
     # ---- the update
 
-    def prepare(self, targets: list[Target]) -> Callable[[], None]:
-        """One fused pass over the range this rank updates: sum, average, update, new parameters. It is for the caller to run,
-        once, here or in a thread; what it reads of the training loop (learning rates) is read now."""
+    def prepare(self, targets: list[Target]) -> Pass:
+        """One fused pass over the range this rank updates: sum, average, update, new parameters. What it reads of the
+        training loop (learning rates) is read now; it runs once, here or in a thread."""
         assert self.state is not None and self.grads is not None
         if self.home is not None and self.mine is not self.shard:
             self.mine = self.shard.copy_(self.mine)
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
-        coming, work = self.grads.average.coming, self.state.prepare(targets)
-
-        def run() -> None:
-            coming.sync()
-            work(self.mine, self.rest, sources, mean)
-
-        return run
+        return Pass(self, self.state.prepare(targets), sources, mean, self.grads.average.coming)
 
     def update(self, targets: list[Target]) -> None:
         """`prepare`, done at once."""

@@ -28,10 +28,9 @@ from zerolite.placement import Plan, Setting, Widths, make_plan, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule, make_rule
-from zerolite.updates import AtOnce, Overlap, Updates
+from zerolite.updates import UPDATES, Updates, make_updates
 from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
-from zerolite.worker import Worker
 
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
@@ -51,6 +50,7 @@ class Checked:
     device: torch.device
     link: Link
     overlap: bool
+    update: str
 
 
 @dataclass
@@ -179,6 +179,8 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
     if not options["bucket_mb"] > 0:
         raise ValueError(f"bucket_mb: expected more than 0, got {options['bucket_mb']!r}")
+    if options["update"] not in UPDATES:
+        raise ValueError(f"update: expected one of {', '.join(map(repr, UPDATES))}, got {options['update']!r}")
     check_model(model)
     if plan.params.sharded and model is None:
         raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model).")
@@ -201,7 +203,14 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
     limit = max(int(options["bucket_mb"] * 2**20), 1)
     classes = options["units"] if plan.params.sharded else None
     rule = make_rule(optimizer, options["moments"])
-    return Checked(plan, rule, entries, specs, dtype, classes, limit, device, link_for(device), options["overlap"])
+    if options["update"] == "stream" and not rule.threaded:
+        raise ValueError(
+            f"update='stream': expected torch.optim.Adam or AdamW without amsgrad, got {type(optimizer).__name__}, whose step "
+            "runs on the host. Use update='auto'."
+        )
+    return Checked(
+        plan, rule, entries, specs, dtype, classes, limit, device, link_for(device), options["overlap"], options["update"]
+    )
 
 
 def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:
@@ -273,11 +282,7 @@ def _compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
 def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:
     plan, entries = checked.plan, checked.entries
     reducer = Reducer(plan, comm, checked.device)
-    worker = Worker("zerolite update")
-    staging = Staging(checked.link, worker) if checked.link.separate and plan.states.home == "host" else None
-    updates: Updates = AtOnce()
-    if staging is not None and checked.overlap and checked.rule.threaded:
-        updates = Overlap(checked.link, worker, comm.beside())
+    updates, staging = make_updates(plan, checked.rule, checked.link, checked.device, comm, checked.update, checked.overlap)
     asleep = {p: p.dtype for p in model.parameters() if p.is_meta} if model is not None else {}
     by_param = {entry.param: entry for entry in entries}
     buckets: list[Bucket] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,42 @@ class Moments(Protocol):
 
     def tensors(self) -> list[Tensor]: ...
 
+    def named(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        ...
 
-class FloatMoments:
+    def part(self, start: int, stop: int) -> Moments:
+        """A view of whole groups."""
+        ...
+
+    def at(self, tensors: dict[str, Tensor]) -> Moments:
+        """The same kind over other tensors, by the names of `named`."""
+        ...
+
+
+class _Stored:
+    """Moments as tensors: m, v and perhaps scales."""
+
+    m: Tensor
+    v: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.m, self.v]
+
+    def named(self) -> dict[str, Tensor]:
+        return {"m": self.m, "v": self.v}
+
+    def part(self, start: int, stop: int) -> Any:
+        return self.at({"m": self.m[start:stop], "v": self.v[start:stop]})
+
+    def at(self, tensors: dict[str, Tensor]) -> Any:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update({name: tensors[name] for name in self.named()})
+        return other
+
+
+class FloatMoments(_Stored):
     """float32."""
 
     width, group_width = 8, 0
@@ -57,15 +91,10 @@ class FloatMoments:
     def write(self, part: slice, m: Tensor, v: Tensor) -> None:
         self.m[part], self.v[part] = m, v
 
-    def tensors(self) -> list[Tensor]:
-        return [self.m, self.v]
 
-
-class _Rounded:
+class _Rounded(_Stored):
     """What rounded moments share: the op that decodes, updates and encodes."""
 
-    m: Tensor
-    v: Tensor
     scales: Tensor  # empty where a moment needs none
 
     def update(
@@ -92,8 +121,10 @@ class BFloatMoments(_Rounded):
         self.m[part] = codec.moment_bf16(m, codec.NEAREST)
         self.v[part] = codec.square_bf16(v, codec.NEAREST)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.m, self.v]
+    def at(self, tensors: dict[str, Tensor]) -> Any:
+        other = super().at(tensors)
+        other.scales = self.scales.to(other.m.device)
+        return other
 
 
 class ByteMoments(_Rounded):
@@ -120,6 +151,13 @@ class ByteMoments(_Rounded):
 
     def tensors(self) -> list[Tensor]:
         return [self.m, self.v, self.scales]
+
+    def named(self) -> dict[str, Tensor]:
+        return {"m": self.m, "v": self.v, "scales": self.scales}
+
+    def part(self, start: int, stop: int) -> Any:
+        groups = slice(start // codec.GROUP, -(-stop // codec.GROUP))
+        return self.at({"m": self.m[start:stop], "v": self.v[start:stop], "scales": self.scales[groups]})
 
 
 def _whole(part: slice) -> tuple[slice, slice]:

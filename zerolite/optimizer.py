@@ -44,6 +44,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_mb: size of a bucket in MiB of compute dtype; a parameter is never split between buckets.
         overlap: with offload on a GPU, step() returns while the host updates, and each parameter waits for its new value
             when it is used; False: step() waits. The same bits. On a CPU there is nothing to overlap.
+        update: where offloaded states are updated, "host", "stream" (on the GPU, in chunks), or "auto": both, by their speed.
         process_group: a torch.distributed group; None: the default group, or a world of one.
 
     Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
@@ -64,6 +65,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         units: Iterable[type[nn.Module]] | None = None,
         bucket_mb: float = DEFAULT_BUCKET_MB,
         overlap: bool = True,
+        update: str = "auto",
         process_group: Any = None,
     ) -> None:
         self._built: Built | None = None
@@ -76,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "units": tuple(units) if units is not None else None,
             "bucket_mb": bucket_mb,
             "overlap": overlap,
+            "update": update,
         }
         options, reasons = settle(optimizer, model, options, comm)
         built = build(optimizer, model, options, comm)

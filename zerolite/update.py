@@ -103,7 +103,7 @@ class AdamState:
         self.pieces = pieces
         self.moments = moments
 
-    def prepare(self, targets: list[Target]) -> Work:
+    def prepare(self, targets: list[Target]) -> AdamWork:
         rows: dict[tuple[int, int, float], int] = {}
         table: list[tuple[float, ...]] = []
         spans: list[list[int]] = []
@@ -119,13 +119,7 @@ class AdamState:
             else:
                 spans.append([start, stop, row])
             last, at = piece, row
-        cut = torch.tensor(spans, dtype=torch.int64).view(-1, 3)
-
-        def work(param: Tensor, rest: Tensor, sources: list[Tensor], mean: float) -> None:
-            if spans:
-                self.moments.update(param, rest, sources, cut, table, mean)
-
-        return work
+        return AdamWork(self.moments, spans, table)
 
     def read(self, piece: int) -> dict[str, Any]:
         m, v = self.moments.read(_part(self.pieces[piece]))
@@ -140,6 +134,31 @@ class AdamState:
 
     def tensors(self) -> list[Tensor]:
         return self.moments.tensors()
+
+
+class AdamWork:
+    """One update of a range by Adam: which elements, and the columns `kernels.MOMENT_ROW` of each row that they name."""
+
+    def __init__(self, moments: Moments, spans: list[list[int]], table: list[tuple[float, ...]]) -> None:
+        self.moments = moments
+        self.spans = spans
+        self.table = table
+
+    def __call__(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float) -> None:
+        if self.spans:
+            self.moments.update(param, rest, sources, torch.tensor(self.spans), self.table, mean)
+
+    def cut(self, start: int, stop: int) -> AdamWork | None:
+        """The part in the element range [start, stop), which begins with a group; None where there is nothing to do."""
+        inside = [(max(lo, start), min(hi, stop), row) for lo, hi, row in self.spans if lo < stop and hi > start]
+        if not inside:
+            return None
+        spans = [[lo - start, hi - start, row] for lo, hi, row in inside]
+        return AdamWork(self.moments.part(start, stop), spans, self.table)
+
+    def at(self, tensors: dict[str, Tensor]) -> AdamWork:
+        """The same update of moments that are elsewhere: `tensors` by the names of moments.named()."""
+        return AdamWork(self.moments.at(tensors), self.spans, self.table)
 
 
 def adam_row(group: dict[str, Any], steps: int, factor: float) -> tuple[float, ...]:

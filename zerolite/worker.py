@@ -1,6 +1,6 @@
-"""A thread that does what was handed to it, in order, while the training loop goes on.
+"""Threads that do what was handed to them, in order, while the training loop goes on.
 
-The kernels that it calls release the interpreter's lock and use the pool of native threads.
+The kernels that they call release the interpreter's lock and use the pool of native threads.
 """
 
 from __future__ import annotations
@@ -13,19 +13,38 @@ import weakref
 from collections.abc import Callable
 
 
-class Job:
-    """Something handed over; `wait` returns when it is done and raises what it raised."""
+class Failure:
+    """What went wrong in any of several workers: after it nothing more is done, because what follows depends on it."""
 
-    def __init__(self, worker: Worker, run: Callable[[], None]) -> None:
-        self.worker = worker
-        self.run: Callable[[], None] | None = run
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises RuntimeError where a job failed."""
+        if self.error is not None:
+            raise RuntimeError(
+                f"an update failed after step() had returned ({type(self.error).__name__}: {self.error}). Parameters and "
+                "states may be updated in part: restart from a checkpoint. With overlap=False step() raises it."
+            ) from self.error
+
+
+class Job:
+    """Something handed over; `wait` returns when it is done and raises what went wrong."""
+
+    def __init__(self, failure: Failure, process: int) -> None:
+        self.failure = failure
+        self.process = process
         self.done = threading.Event()
 
     def wait(self) -> None:
         if not self.done.is_set():
-            self.worker.check_process()
+            if self.process != os.getpid():
+                raise RuntimeError(
+                    "this process was forked while an update was under way, which goes on in the parent alone. Read a "
+                    "parameter (any of them) before the fork, or build with overlap=False."
+                )
             self.done.wait()
-        self.worker.check()
+        self.failure.check()
 
     def sync(self) -> None:
         """As a Mark."""
@@ -33,12 +52,12 @@ class Job:
 
 
 class Worker:
-    """One thread, started with the first job. After a failure nothing more is done: what follows depends on it."""
+    """One thread, started with the first job."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, failure: Failure) -> None:
         self.name = name
-        self.error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.failure = failure
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Job] | None] = queue.SimpleQueue()
         self._last: Job | None = None
         self._process = os.getpid()
         self._started = False
@@ -46,58 +65,35 @@ class Worker:
 
     def submit(self, run: Callable[[], None]) -> Job:
         """Hands over a job."""
-        self.check()
-        self.check_process()
+        self.failure.check()
         if not self._started:
             self._started = True
-            threading.Thread(target=_serve, args=(weakref.ref(self), self._jobs), daemon=True, name=self.name).start()
+            threading.Thread(target=_serve, args=(self._jobs,), daemon=True, name=self.name).start()
             weakref.finalize(self, self._jobs.put, None)
-        job = self._last = Job(self, run)
-        self._jobs.put(job)
+        self._last = job = Job(self.failure, self._process)
+        self._jobs.put((run, job))
         return job
 
-    @property
-    def busy(self) -> bool:
-        """Whether something was handed over that is not done."""
-        return self._last is not None and not self._last.done.is_set()
-
     def drain(self) -> None:
-        """Returns when everything handed over is done; raises as `check`."""
+        """Returns when everything handed over is done; raises what went wrong."""
         if self._last is not None:
             self._last.wait()
-
-    def check(self) -> None:
-        """Raises RuntimeError where a job failed."""
-        if self.error is not None:
-            raise RuntimeError(
-                f"{self.name}: an update failed after step() had returned ({type(self.error).__name__}: {self.error}). "
-                "Parameters and states may be updated in part: restart from a checkpoint. With overlap=False step() raises it."
-            ) from self.error
-
-    def check_process(self) -> None:
-        """Raises RuntimeError in a forked child, which has no such thread."""
-        if self._process != os.getpid():
-            raise RuntimeError(
-                f"{self.name}: this process was forked while an update was under way, which goes on in the parent alone. "
-                "Read a parameter (any of them) before the fork, or build with overlap=False."
-            )
 
 
 _WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
-def _serve(owner: weakref.ref[Worker], jobs: queue.SimpleQueue[Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        worker = owner()
+def _serve(jobs: queue.SimpleQueue[tuple[Callable[[], None], Job] | None]) -> None:
+    while (item := jobs.get()) is not None:
+        run, job = item
         try:
-            if worker is not None and worker.error is None and job.run is not None:
-                job.run()
+            if job.failure.error is None:
+                run()
         except BaseException as error:  # raised in the training thread at its next call
-            if worker is not None:
-                worker.error = error
-        job.run = None  # what it holds is free when `done` is seen
+            job.failure.error = error
+        del run, item  # what they hold is free when `done` is seen
         job.done.set()
-        del job, worker
+        del job
 
 
 @atexit.register

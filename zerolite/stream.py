@@ -1,0 +1,91 @@
+"""The update of offloaded states on the device: they go up in chunks, are updated there, and come back.
+
+host    p r m v g of chunk k+1 --up-->  slot 1            copies up, the kernel and copies down of
+device                          slot 0: update chunk k    three chunks run at once; two slots are enough
+host    p r m v of chunk k-1  <--down-- slot 1            because both copies of a slot are in order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer import Link, Mark, Reached
+from zerolite.layout import ALIGN
+from zerolite.update import AdamWork
+
+CHUNK = 4 << 20  # elements: long enough for full speed over a bus, 56 MB of a device for a slot with fp32 moments
+SLOTS = 2
+
+
+class Stream:
+    """Device memory for chunks on their way, and the pass over a bucket."""
+
+    def __init__(self, link: Link, device: torch.device, chunk: int = CHUNK) -> None:
+        assert chunk % ALIGN == 0
+        self.link = link
+        self.device = device
+        self.chunk = chunk
+        self.slots: list[dict[str, Tensor]] = [{} for _ in range(SLOTS)]
+        self.left: list[list[Mark]] = [[] for _ in range(SLOTS)]  # copies down that still read a slot
+
+    def _slot(self, number: int, name: str, like: Tensor) -> Tensor:
+        """Device memory of one chunk's `name`."""
+        slot = self.slots[number]
+        size = self.chunk * like.element_size()
+        if name not in slot or slot[name].numel() < size:
+            slot[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return slot[name][: like.numel() * like.element_size()].view(like.dtype)
+
+    def run(self, work: AdamWork, param: Tensor, rest: Tensor, gradient: Tensor, own: Tensor | None, after: Mark) -> None:
+        """Updates host tensors `param`, `rest` and the moments of `work` from the host's `gradient`; returns when they are new.
+
+        own    the same range of the device's parameters, written too; None: they rest on the host
+        after  until then the device uses the old values of `own`
+        """
+        numel = param.numel()
+        marks: list[Mark] = []
+        for number, start in enumerate(range(0, numel, self.chunk)):
+            stop = min(start + self.chunk, numel)
+            turn = number % SLOTS
+            away = work.cut(start, stop)
+            if away is None:
+                continue
+            host = {"param": param[start:stop], "gradient": gradient[start:stop], **away.moments.named()}
+            host |= {"rest": rest[start:stop]} if rest.numel() else {}
+            busy = self.left[turn]
+            slot = {name: self._slot(turn, name, tensor.reshape(-1)).view(tensor.shape) for name, tensor in host.items()}
+            came = [self.link.up(slot[name], tensor, _All(busy)) for name, tensor in host.items()]
+            for mark in came:
+                mark.wait()
+            there = away.at(slot)
+            there(slot["param"], slot.get("rest", rest.new_empty(0, device=self.device)), [slot["gradient"]], 1.0)
+            if own is not None:
+                after.wait()
+                own[start:stop].copy_(slot["param"])
+            self.left[turn] = [self.link.down(host[name], slot[name]) for name in host if name != "gradient"]
+            marks += self.left[turn]
+        for mark in marks:
+            mark.sync()
+
+    def holdings(self) -> Iterator[Tensor]:
+        """Its device memory."""
+        for slot in self.slots:
+            yield from slot.values()
+
+
+class _All:
+    """The last of several marks."""
+
+    def __init__(self, marks: list[Mark]) -> None:
+        self.marks = marks or [Reached()]
+
+    def wait(self) -> None:
+        for mark in self.marks:
+            mark.wait()
+
+    def sync(self) -> None:
+        for mark in self.marks:
+            mark.sync()
