@@ -71,6 +71,7 @@ class Run:
     options: tuple = ()
     no_sync: bool = False
     moments: str = "fp32"
+    more: tuple = ()  # further options of ZeroOptimizer
 
 
 def tokens_for(step: int, micro: int, rank: int, words: int = 31) -> Tensor:
@@ -96,6 +97,7 @@ def make(run: Run, group: Any, model: nn.Module | None = None) -> tuple[nn.Modul
         bucket_mb=run.bucket_mb,
         moments=run.moments,
         process_group=group,
+        **dict(run.more),
     )
     return model, optimizer
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
+from zerolite.buffer import device_memory
 from zerolite.comm import Comm
 from zerolite.comm.group import GroupComm
 from zerolite.host import identity as host_identity
@@ -61,5 +63,14 @@ def _decide(
     names = names_of(model, optimizer.param_groups)
     params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
     shared = isinstance(comm, GroupComm) and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
-    question = Question(model, params, optimizer, options, comm.size, Setting(here, shared))
-    return choose(question, options["stage"], options["offload"], options["moments"], Limits(host=room))
+    device = next((p.device for _, p in params if not p.is_meta), torch.device("cpu"))
+    kind, memory = device_memory(device)
+    setting = Setting(here, shared and kind == "cpu", kind, options["update"] != "host")
+    limits = Limits(host=room, device=memory)
+    return choose(
+        Question(model, params, optimizer, options, comm.size, setting),
+        options["stage"],
+        options["offload"],
+        options["moments"],
+        limits,
+    )

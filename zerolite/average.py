@@ -14,11 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import Link, Mark, Reached, zeros
+from zerolite.buffer import Link, Mark, Reached, Room, zeros
 from zerolite.kernels import LIMBS, reduce_, square_sum_
+from zerolite.placement import TURNS
 from zerolite.worker import Worker
-
-TURNS = 2  # rounds that are on their way to an average at once
 
 
 class Average(Protocol):
@@ -101,24 +100,37 @@ class Near:
         return [t for t in (self.value, self.spare) if t is not None]
 
 
-class Staging:
-    """Host memory for rounds after the first, lent in turns to all buckets."""
+class Ring:
+    """Memory that is lent in turns, as large as was needed so far."""
 
-    def __init__(self, link: Link, worker: Worker) -> None:
-        self.link = link
-        self.worker = worker
-        self.slots: list[Tensor | None] = [None] * TURNS  # fp32, as large as was needed
-        self.used: list[Mark] = [Reached()] * TURNS
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.slots: list[Tensor | None] = [None] * TURNS
+        self.used: list[Mark] = [Reached()] * TURNS  # when what a slot was lent for is over
         self.turn = 0
 
     def lend(self, numel: int, dtype: torch.dtype) -> tuple[int, Tensor]:
-        """A slot that no one reads any more, and its number."""
+        """The next slot and its number; `used` of it is for the caller to wait for, and to set."""
         self.turn = (self.turn + 1) % TURNS
-        self.used[self.turn].sync()
+        size = numel * dtype.itemsize
         slot = self.slots[self.turn]
-        if slot is None or slot.numel() * 4 < numel * dtype.itemsize:
-            slot = self.slots[self.turn] = self.link.host.zeros(-(-numel * dtype.itemsize // 4), torch.float32)
-        return self.turn, slot.view(dtype)[:numel]
+        if slot is None or slot.numel() < size:
+            self.used[self.turn].sync()
+            slot = self.slots[self.turn] = self.room.zeros(size, torch.uint8)
+        return self.turn, slot[:size].view(dtype)
+
+    def held(self) -> list[Tensor]:
+        return [slot for slot in self.slots if slot is not None]
+
+
+class Staging:
+    """What all buckets' rounds share on their way from the device to the host."""
+
+    def __init__(self, link: Link, worker: Worker, device: torch.device) -> None:
+        self.link = link
+        self.worker = worker
+        self.leaving = Ring(Room(device))  # averages on the device, until they are copied
+        self.later = Ring(link.host)  # rounds after the first, until they are added
 
 
 class Far:
@@ -139,14 +151,14 @@ class Far:
         self.squares: Tensor | None = None
 
     def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
-        fresh = sources[0]
-        if len(sources) > 1 or mean != 1.0:
-            fresh = torch.empty_like(sources[0])
-            reduce_(fresh, list(sources), mean, False)
+        leaving, later = self.staging.leaving, self.staging.later
+        turn, fresh = leaving.lend(self.numel, sources[0].dtype)
+        leaving.used[turn].wait()
+        reduce_(fresh, list(sources), mean, False)
         done()
         if self.value is None:
             self.value = self._room(fresh.dtype)
-            self.coming = self.link.down(self.value, fresh)
+            self.coming = leaving.used[turn] = self.link.down(self.value, fresh)
             self.squares = self.sums.zero_()
             if len(self.parts):
                 square_sum_(self.sums, [fresh], self.parts, 1.0)
@@ -154,15 +166,17 @@ class Far:
         self.squares = None
         if self.value.dtype != torch.float32:
             self.widen()
-        turn, slot = self.staging.lend(self.numel, fresh.dtype)
-        came, before, value = self.link.down(slot, fresh), self.coming, self.value
+        place, slot = later.lend(self.numel, fresh.dtype)
+        later.used[place].sync()
+        came = leaving.used[turn] = self.link.down(slot, fresh)
+        before, value = self.coming, self.value
 
         def join() -> None:
             before.sync()
             came.sync()
             reduce_(value, [slot], 1.0, True)
 
-        self.coming = self.staging.used[turn] = self.staging.worker.submit(join)
+        self.coming = later.used[place] = self.staging.worker.submit(join)
 
     def settled(self) -> Tensor | None:
         self.coming.sync()

@@ -74,6 +74,8 @@ class Bucket:
     mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`; a copy after outside writes to a home;
     # where states are offloaded, the host's half, which is copied up to `own` after an update
     own: Tensor  # 1D: the same range on the device
+    kept: bool  # states stay on the device, though others are offloaded
+    apart: bool  # states are in another memory than the device's
     room: Room  # where `mine`, `rest` and the states rest
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
     state: State | None  # None: not trained
@@ -84,7 +86,7 @@ class Bucket:
     pending: Pending | None  # a gather or publish into `full` under way
     published: Pending | None  # a publish into the shared home under way
     stale: bool  # this process has private pages over the shared home
-    settle: Callable[[], None]  # waits for an update that goes on beside the training loop
+    settle: Callable[[], None] | None  # waits for an update that goes on beside the training loop; None: there is none
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class Bucket:
         dtype: torch.dtype,
         trained: bool,
         link: Link,
+        kept: bool = False,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -106,10 +109,12 @@ class Bucket:
         self.stale = False
         self.state = None
         self.grads = None
-        self.settle = lambda: None
+        self.settle = None
         self.link = link
+        self.kept = kept
+        self.apart = link.separate and plan.states.home == "host" and not kept
         device = torch.device("cpu") if entries[0].param.is_meta else entries[0].param.device
-        self.room = link.host if plan.states.home == "host" else Room(device)
+        self.room = link.host if self.apart else Room(device)
         self.rest = torch.empty(0, device=self.room.device)
         self._fill(dtype, device, trained)
 
@@ -168,11 +173,6 @@ class Bucket:
             entry.param.data = tensor
             entry.version = entry.param._version
 
-    @property
-    def apart(self) -> bool:
-        """Whether states are in another memory than the device's."""
-        return self.link.separate and self.plan.states.home == "host"
-
     def train(self, rule: Rule, lane: Lane, suspect: Tensor, staging: Staging | None) -> None:
         """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
         if self.apart and self.mine is self.own and self.plan.params.home != "host":  # frozen until now
@@ -184,7 +184,7 @@ class Bucket:
         self.state = rule.allocate(self.pieces, self.mine.numel(), self.room)
         device, dtype = self.full.device, self.full.dtype
         average: Average = Near(self.layout.shard, device)
-        if staging is not None:
+        if staging is not None and self.apart:
             average = Far(self.layout.shard, dtype, self.spans, device, staging)
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
@@ -211,13 +211,18 @@ class Bucket:
 
     # ---- parameters
 
+    def wait(self) -> None:
+        """Waits for an update that goes on beside the training loop."""
+        if self.settle is not None:
+            self.settle()
+
     def gather(self) -> None:
         """Begins to fill `full` from all ranks' shards. Idempotent: calling it early is prefetching."""
         if self.whole:
             return
         self.whole = True
         what = f"gather {self.name}"
-        self.settle()
+        self.wait()
         if self.home is not None:
             self.comm.ledger.enter(what, 0)
             self.pending = Done(self.full)

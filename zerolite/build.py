@@ -24,7 +24,7 @@ from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
 from zerolite.meta import Recipes
 from zerolite.partition import DTYPES, UnitSpec, beside, check_model, check_parameter, cut_buckets, find_units, names_of
-from zerolite.placement import Plan, Setting, Widths, make_plan, with_rows
+from zerolite.placement import Keeper, Plan, Setting, Widths, make_plan, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule, make_rule
@@ -98,11 +98,18 @@ class Built:
         for bucket in self.buckets:
             layout, param, rest, trained = bucket.row
             widths = Widths(param, rest + self.rule.width, self.rule.group_width, rest)
-            rows.append((layout, widths, trained, numbers.get(id(self.owner.get(id(bucket))), 0)))
+            rows.append((layout, widths, trained, numbers.get(id(self.owner.get(id(bucket))), 0), bucket.kept))
         covered = {entry.param for entry in self.entries if entry.bucket is not None}
         outside = [entry.param for entry in self.entries]
         shared = isinstance(self.comm, SharedComm)
-        setting = Setting(here=self.here, shared=shared, beside=beside(self.model, outside, covered, self.checked.dtype))
+        link = self.checked.link
+        setting = Setting(
+            here=self.here,
+            shared=shared,
+            device=link.kind,
+            stream=self.checked.update != "host" and self.rule.threaded,
+            beside=beside(self.model, outside, covered, self.checked.dtype),
+        )
         return with_rows(self.checked.plan, rows, setting)
 
     def check_replaced(self) -> None:
@@ -173,7 +180,7 @@ def _check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], com
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_built"):
         raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
-    plan = make_plan(options["stage"], options["offload"], comm.size)
+    plan = make_plan(options["stage"], options["offload"], comm.size, options["resident"])
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
@@ -285,12 +292,13 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     updates, staging = make_updates(plan, checked.rule, checked.link, checked.device, comm, checked.update, checked.overlap)
     asleep = {p: p.dtype for p in model.parameters() if p.is_meta} if model is not None else {}
     by_param = {entry.param: entry for entry in entries}
+    keeper = Keeper(plan.resident, sum(entry.param.numel() for entry in entries if entry.param.requires_grad))
     buckets: list[Bucket] = []
     units: list[Unit] = []
     owner: dict[int, Unit] = {}
     for spec in checked.specs:
         members = [by_param[p] for _, p in spec.params if plan.params.sharded or p.requires_grad]
-        made = _cut(spec.name, members, checked, comm)
+        made = _cut(spec.name, members, checked, comm, keeper)
         unit = Unit(spec.name, made, spec.module is None)
         owner.update({id(bucket): unit for bucket in made})
         unit.release()
@@ -316,6 +324,8 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     for entry in entries:
         if entry.bucket is not None and entry.bucket.trained:
             _listen(built, entry)
+    if staging is not None and schedule is None and model is not None:
+        _wait_in(built, model)
     if schedule is not None and model is not None:
         _follow(built, model, schedule, units, checked.specs)
     trim_heap()  # the parameters have moved
@@ -324,13 +334,14 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     return built
 
 
-def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm) -> list[Bucket]:
+def _cut(name: str, members: list[Entry], checked: Checked, comm: Comm, keeper: Keeper) -> list[Bucket]:
     """Buckets of one unit, as partition.cut_buckets says."""
     buckets: list[Bucket] = []
     for spec in cut_buckets([(entry.name, entry.param) for entry in members], comm.size, checked.dtype, checked.limit):
         part = [members[k] for k in spec.members]
         label = f"{name} {len(buckets)}"
-        buckets.append(Bucket(label, spec.layout, part, checked.plan, comm, spec.dtype, spec.trained, checked.link))
+        kept = spec.trained and keeper.take(spec.layout)
+        buckets.append(Bucket(label, spec.layout, part, checked.plan, comm, spec.dtype, spec.trained, checked.link, kept))
     return buckets
 
 
@@ -355,6 +366,15 @@ def _listen(built: Built, entry: Entry) -> None:
     built.grads.make_handle(entry)
     if entry.param.requires_grad:
         built.hooks.on_gradient(entry, built.grads.arrive)
+
+
+def _wait_in(built: Built, model: nn.Module) -> None:
+    """Every module waits for its own parameters before it runs."""
+    known = {entry.param: entry.bucket for entry in built.entries if entry.bucket is not None}
+    for module in model.modules():
+        own = {known[p]: None for p in module._parameters.values() if p is not None and p in known}
+        if own:
+            built.hooks.on_use(module, [bucket.wait for bucket in own])
 
 
 def _follow(built: Built, model: nn.Module, schedule: Schedule, units: list[Unit], specs: list[UnitSpec]) -> None:
@@ -388,7 +408,7 @@ def built_entry_is(built: Built, p: nn.Parameter, unit: Unit) -> bool:
 def late_buckets(built: Built, entries: list[Entry]) -> None:
     """States, handles and hooks for parameters that are trained from now on (every rank calls it)."""
     fresh = [entry for entry in entries if entry.bucket is None]
-    made = _cut(f"late {len(built.buckets)}", fresh, built.checked, built.comm)
+    made = _cut(f"late {len(built.buckets)}", fresh, built.checked, built.comm, Keeper(0.0, 0))
     built.buckets += made
     affected = dict.fromkeys([*made, *(entry.bucket for entry in entries if entry.bucket is not None)])
     _train([bucket for bucket in affected if not bucket.trained], built.checked, built.reducer, built.staging)

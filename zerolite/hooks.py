@@ -48,6 +48,15 @@ class Hooks:
         self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
         self.handles.append(model.register_forward_hook(end))
 
+    def on_use(self, module: nn.Module, waits: list[Callable[[], None]]) -> None:
+        """Before a module with parameters of its own runs: each of `waits`, for what would read them behind torch's back."""
+
+        def before(module: nn.Module, args: Any) -> None:
+            for wait in waits:
+                wait()
+
+        self.handles.append(module.register_forward_pre_hook(before, prepend=True))
+
     def on_forward(self, model: nn.Module, note: Callable[[str, str], None]) -> None:
         """note("forward", "begin" or "end") around the forward of the whole model, also where it raises."""
         begin = torch._dynamo.disable(lambda *_: note("forward", "begin"))

@@ -15,6 +15,8 @@ from zerolite.layout import ALIGN, Layout
 STAGES = (0, 1, 2, 3)
 OFFLOADS = (None, "states", "all")
 TERMS = ("params", "grads", "states")
+CHUNK = 4 << 20  # elements of a chunk of states on its way (stream.py): long enough for the full speed of a bus
+SLOTS = 2  # chunks on their way at once
 TURNS = 2  # rounds of transient gradients that are in flight at once (comm/region.py, Reducer._advance)
 FP32 = 4  # bytes of an element of a sum
 
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     widths: Widths
     trained: bool
     unit: int = 0  # which unit it belongs to, 0: the root
+    kept: bool = False  # its states and gradients stay on the device, though others are offloaded
 
     @property
     def full(self) -> int:
@@ -67,6 +70,7 @@ class Setting:
     here: int = 1  # ranks on this host
     shared: bool = False  # they share memory (comm/shared.py)
     device: str = "cpu"  # "cpu": device memory is host memory
+    stream: bool = True  # offloaded states may be updated on the device, in chunks
     micro_batches: int = 1  # synchronised backward() calls before a step
     clip: bool = True  # the norm of the gradients is read before the step
     activations: int | None = None  # bytes that autograd saves for one backward, as measured
@@ -99,19 +103,34 @@ class Plan:
     states: Placement
     rows: tuple[Row, ...] = ()
     setting: Setting = Setting()
+    resident: float = 0.0  # part of the elements whose states stay on the device, though offloaded
     reasons: tuple[str, ...] = ()  # why this one was chosen
 
     def at_rest(self, term: str) -> int:
         """Bytes of one rank that "params", "grads" (after backward, before step) or "states" hold at rest."""
+        return self._rests(term, self.rows) + (self._half() if term == "params" else 0)
+
+    def _rests(self, term: str, rows: Iterable[Row]) -> int:
         total = 0
         placement: Placement = getattr(self, term)
-        for layout, width, trained, _ in self.rows:
+        for layout, width, trained, *_ in rows:
             elements = layout.shard if placement.sharded else layout.numel
             if term == "params":
                 total += elements * width.param
             elif trained:
                 total += elements * width.param if term == "grads" else width.states_of(elements)
         return total
+
+    @property
+    def apart(self) -> bool:
+        """Whether states rest in another memory than the one that the model computes in."""
+        return self.setting.device != "cpu" and self.states.home == "host"
+
+    def _half(self) -> int:
+        """Compute-dtype parameters on the host: an update needs them beside the states, and they are what travels back."""
+        if not self.apart or self.params.home == "host":
+            return 0
+        return sum(self._range(row) * row.widths.param for row in self.trained if not row.kept)
 
     @property
     def bytes_at_rest(self) -> dict[str, int]:
@@ -140,9 +159,16 @@ class Plan:
         found = [self._params()]
         if self.setting.beside:
             found.append(self._term("buffers, frozen", "always", "device", self.setting.beside))
-        found.append(self._term("master", "always", self.states.home, self.master_bytes))
-        found.append(self._term("moments", "always", self.states.home, self.at_rest("states") - self.master_bytes))
-        found.append(self._term("gradients", "always", self.grads.home, self.at_rest("grads")))
+        if self._half():
+            found.append(self._term("host half", "always", "host", self._half()))
+        for kept in (False, True) if self.apart else (False,):
+            rows = [row for row in self.trained if row.kept == kept]
+            home = "device" if kept else self.states.home
+            master = sum(self._range(row) * row.widths.rest for row in rows)
+            if rows:
+                found.append(self._term("master" + " kept" * kept, "always", home, master))
+                found.append(self._term("moments" + " kept" * kept, "always", home, self._rests("states", rows) - master))
+                found.append(self._term("gradients" + " kept" * kept, "always", home, self._rests("grads", rows)))
         found += self._transient()
         if self.setting.activations is not None:
             found.append(self._term("activations", "backward", "device", self.setting.activations))
@@ -152,7 +178,7 @@ class Plan:
         return Term(name, when, "host" if self.setting.device == "cpu" else home, rank, rank * self.setting.here)
 
     def _params(self) -> Term:
-        term = self._term("parameters", "always", self.params.home, self.at_rest("params"))
+        term = self._term("parameters", "always", self.params.home, self._rests("params", self.rows))
         once = self.setting.shared and self.states.sharded and not self.params.sharded  # Home: once a host
         return term._replace(host=term.rank) if once else term
 
@@ -166,10 +192,20 @@ class Plan:
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
         if self.params.sharded and not self._home:
             yield self._term("units in use", "backward", "device", sum(self._units()))
-        if self.setting.device != "cpu" and self.states.home == "host" and self.params.home == "device":
-            # the update needs the compute-dtype half beside the states, and it is what travels back
-            half = sum(self._range(row) * row.widths.param for row in self.trained)
-            yield self._term("publish", "always", "host", half)
+        if self.apart:
+            yield from self._crossing()
+
+    def _crossing(self) -> Iterator[Term]:
+        """What states on the host need on their way: rounds that leave the device, later ones that are added, chunks."""
+        away = [row for row in self.trained if not row.kept]
+        ranges = [row.layout.shard * row.widths.param for row in away]
+        yield self._term("rounds on their way", "always", "device", TURNS * _top(ranges))
+        if self.setting.micro_batches > 1:
+            yield self._term("later rounds", "always", "host", TURNS * _top(ranges))
+        if self.setting.stream and away:
+            widest = max(row.widths.param * 2 + row.widths.states for row in away)
+            longest = min(max(self._range(row) for row in away), CHUNK)
+            yield self._term("chunks of states", "step", "device", SLOTS * (longest * widest + longest // ALIGN * 2))
 
     @property
     def _home(self) -> bool:
@@ -180,7 +216,8 @@ class Plan:
         """Averages of earlier rounds, fp32 from the second on; where gradients rest sharded they replace those of one round."""
         wide = self.grads.sharded or self.setting.shared or self.setting.micro_batches > 2
         return sum(
-            row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * self.grads.sharded)
+            row.layout.shard
+            * ((FP32 if wide else row.widths.param) - row.widths.param * (self.grads.sharded and not self.apart))
             for row in self.trained
         )
 
@@ -322,7 +359,19 @@ def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | 
     return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
 
 
-def make_plan(stage: object, offload: object, size: int) -> Plan:
+class Keeper:
+    """Which buckets keep their states on the device: the first in forward order, as far as their part goes."""
+
+    def __init__(self, resident: float, elements: int) -> None:
+        self.left = resident * elements
+
+    def take(self, layout: Layout) -> bool:
+        """Whether the next trained bucket is kept."""
+        self.left -= layout.used
+        return self.left >= 0
+
+
+def make_plan(stage: object, offload: object, size: int, resident: object = 0.0) -> Plan:
     """The placements of a ZeRO stage. Raises ValueError for an unknown stage or offload."""
     if stage not in STAGES or isinstance(stage, bool):
         raise ValueError(f"stage: expected 0, 1, 2 or 3, got {stage!r}. Or stage='auto', the fastest that fits.")
@@ -334,6 +383,12 @@ def make_plan(stage: object, offload: object, size: int) -> Plan:
             f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "
             f"stage={number}. Use stage=3 or offload='states'."
         )
+    if not isinstance(resident, (int, float)) or not 0.0 <= resident <= 1.0:
+        raise ValueError(f"resident: expected a part of the states from 0.0 to 1.0, got {resident!r}")
+    if resident and (not offload or offload == "all"):
+        raise ValueError(
+            f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."
+        )
     host = "host" if offload else "device"
     # offloaded gradients leave the device as they are averaged, at every stage, so they rest sharded
     return Plan(
@@ -343,6 +398,7 @@ def make_plan(stage: object, offload: object, size: int) -> Plan:
         params=Placement(number >= 3, "host" if offload == "all" else "device"),
         grads=Placement(number >= 2 or host == "host", host),
         states=Placement(number >= 1, host),
+        resident=float(resident),
     )
 
 

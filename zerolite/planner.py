@@ -18,7 +18,7 @@ from zerolite.bucket import rest_dtype
 from zerolite.cost import seconds, show_ms
 from zerolite.moments import MOMENTS
 from zerolite.partition import DTYPES, UnitSpec, beside, check_model, cut_buckets, find_units, names_of
-from zerolite.placement import Plan, Row, Setting, Widths, choices, is_auto, make_plan, with_rows
+from zerolite.placement import Keeper, Plan, Row, Setting, Widths, choices, is_auto, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
 from zerolite.update import make_rule
@@ -94,7 +94,9 @@ class Question:
 
     def plan(self, stage: object, offload: object, moments: str, world: int | None = None) -> Plan:
         """One plan. Raises ValueError for a stage, offload or moments that do not exist or do not go together."""
-        plan = make_plan(stage, offload, self.world if world is None else world)
+        resident = self.options.get("resident", 0.0) if offload == "states" else 0.0
+        plan = make_plan(stage, offload, self.world if world is None else world, resident)
+        keeper = Keeper(plan.resident, sum(p.numel() for _, p in self.params if p.requires_grad))
         if plan.params.sharded and self.model is None:
             raise ValueError(
                 "model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model)."
@@ -110,7 +112,7 @@ class Question:
         for unit, spec in self._cut(plan.params.sharded, plan.size):
             rest = rest_dtype(spec.dtype).itemsize if spec.trained and spec.dtype != torch.float32 else 0
             widths = Widths(spec.dtype.itemsize, rest + width, group, rest)
-            rows.append(Row(spec.layout, widths, spec.trained, unit))
+            rows.append(Row(spec.layout, widths, spec.trained, unit, spec.trained and keeper.take(spec.layout)))
         params = [p for _, p in self.params]
         covered = {p for p in params if p.requires_grad or plan.params.sharded}
         outside = beside(self.model, params, covered, self.options["param_dtype"])
@@ -233,6 +235,8 @@ def question_of(
     batch: Any = None,
     micro_batches: int = 1,
     clip: bool = True,
+    resident: float = 0.0,
+    update: str = "auto",
 ) -> tuple[Question, str]:
     """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
     here = world if ranks_per_host is None else ranks_per_host
@@ -255,8 +259,8 @@ def question_of(
         params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
     shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
     saved = None if batch is None else activations(model, batch, param_dtype)
-    setting = Setting(here, shared, device, micro_batches, clip, saved)
-    options = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
+    setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved)
+    options = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype, "resident": resident}
     return Question(model, params, optimizer, options, world, setting), what
 
 
@@ -283,7 +287,8 @@ def plan(
         device_bytes: limit of each rank's device memory, a number or e.g. "80G"; None: unlimited.
         host_bytes: limit of one host's memory for all its ranks.
         options: world=1, ranks_per_host=None (all on one host), param_dtype=None, units=None, bucket_mb=25.0,
-            optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True.
+            optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True, resident=0.0,
+            update="auto".
 
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """

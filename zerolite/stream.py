@@ -14,10 +14,8 @@ from torch import Tensor
 
 from zerolite.buffer import Link, Mark, Reached
 from zerolite.layout import ALIGN
+from zerolite.placement import CHUNK, SLOTS
 from zerolite.update import AdamWork
-
-CHUNK = 4 << 20  # elements: long enough for full speed over a bus, 56 MB of a device for a slot with fp32 moments
-SLOTS = 2
 
 
 class Stream:

@@ -156,6 +156,7 @@ class Apart:
         self.comm = comm
         self.overlap = overlap
         self.poison = debug("poison")
+        self.here = AtOnce()
         self.tasks: dict[Bucket, Task] = {}  # not settled
         self._lock = threading.Lock()
         self._waiting: deque[Task] = deque()
@@ -167,6 +168,9 @@ class Apart:
     # ---- the training thread
 
     def update(self, bucket: Bucket, targets: list[Target], entries: list[Entry]) -> None:
+        if not bucket.apart:  # its states are on the device
+            self.here.update(bucket, targets, entries)
+            return
         work = bucket.prepare(targets)
         bucket.wrote(entries)
         if self.poison:
@@ -181,11 +185,12 @@ class Apart:
             way.worker.submit(functools.partial(self._serve, way))
 
     def finish(self) -> None:
+        self.here.finish()
         if not self.overlap or self._compiles():
             self.settle()
         for bucket in list(self.tasks):
-            if not bucket.plan.params.sharded and not mark([entry.param for entry in bucket.entries], bucket.settle):
-                bucket.settle()
+            if not bucket.plan.params.sharded and not mark([entry.param for entry in bucket.entries], bucket.wait):
+                bucket.wait()
 
     def _compiles(self) -> bool:
         """Whether torch.compile has compiled anew since the last step: its code asks for the class of parameters, so one
@@ -209,6 +214,7 @@ class Apart:
         assert task.arrived is not None
         task.arrived.wait()
         self.tasks.pop(bucket, None)
+        bucket.settle = None
         unmark(entry.param for entry in bucket.entries)
 
     def settle(self) -> None:
@@ -295,7 +301,7 @@ def make_updates(
     if not (link.separate and plan.states.home == "host"):
         return AtOnce(), None
     failure = Failure()
-    staging = Staging(link, Worker("zerolite gradients", failure))
+    staging = Staging(link, Worker("zerolite gradients", failure), device)
     if not rule.threaded:
         return AtOnce(), staging
     ways: list[Way] = []

@@ -23,8 +23,8 @@ class Failure:
         """Raises RuntimeError where a job failed."""
         if self.error is not None:
             raise RuntimeError(
-                f"an update failed after step() had returned ({type(self.error).__name__}: {self.error}). Parameters and "
-                "states may be updated in part: restart from a checkpoint. With overlap=False step() raises it."
+                f"an offloaded update failed beside the training loop ({type(self.error).__name__}: {self.error}). Parameters "
+                "and states may be updated in part: restart from a checkpoint."
             ) from self.error
 
 

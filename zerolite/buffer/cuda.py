@@ -43,7 +43,7 @@ class Event:
 class Cuda:
     """The link of a GPU."""
 
-    separate = True
+    kind, separate = "cuda", True
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())

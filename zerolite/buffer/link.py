@@ -44,6 +44,7 @@ class Reached:
 class Link(Protocol):
     """Copies between a device and host memory. Calls return at once; every tensor is kept until its copy is done."""
 
+    kind: str  # "cpu", "cuda" or "simulated"
     separate: bool  # the host's memory is another memory than the device's
     host: Room  # host memory that copies cross
 
@@ -67,7 +68,7 @@ class Link(Protocol):
 class Same:
     """A CPU."""
 
-    separate = False
+    kind, separate = "cpu", False
 
     def __init__(self) -> None:
         self.host = Room(torch.device("cpu"))
@@ -99,3 +100,10 @@ def link_for(device: torch.device) -> Link:
 
         return Simulated.parse(simulate)
     return Same()
+
+
+def device_memory(device: torch.device) -> tuple[str, int | None]:
+    """Which link a device has (Link.kind), and its bytes of memory in all; None where that is the host's."""
+    if device.type == "cuda":
+        return "cuda", int(torch.cuda.mem_get_info(device)[1])
+    return ("simulated" if "ZEROLITE_SIMULATE" in os.environ else "cpu"), None

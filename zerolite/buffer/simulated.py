@@ -70,7 +70,7 @@ class Simulated:
     most   the longest delay of one copy, seconds; half of the copies have none
     """
 
-    separate = True
+    kind, separate = "simulated", True
 
     def __init__(self, seed: int = 0, most: float = 0.0) -> None:
         self.host = Room(torch.device("cpu"), pin=lambda region: None)

@@ -1,0 +1,465 @@
+"""Offload with a CPU that plays a device (buffer/simulated.py): the same bits under any delays, and nobody reads old values."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
+from ranks import on_processes, on_threads
+from torch import nn
+
+import zerolite
+from zerolite import stream
+from zerolite.buffer.simulated import Simulated
+from zerolite.comm.local import LocalComm
+from zerolite.pending import PendingParameter
+
+WAYS = [{"update": "host"}, {"update": "stream"}, {"update": "auto"}, {"overlap": False}, {"resident": 0.5}]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """device(delays) makes this process's CPU a device; chunks are small, and old parameters are NaN."""
+
+    def play(delays: str = "1:2") -> None:
+        monkeypatch.setenv("ZEROLITE_SIMULATE", delays)
+        monkeypatch.setenv("ZEROLITE_DEBUG", "poison")
+        monkeypatch.setattr(stream.Stream.__init__, "__defaults__", (128,))
+
+    return play
+
+
+def variants(run: Run):
+    for way in WAYS:
+        for stage in (0, 1, 2, 3):
+            yield replace(run, stage=stage, offload="states", more=tuple(way.items()))
+        if "resident" not in way:
+            yield replace(run, stage=3, offload="all", more=tuple(way.items()))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("micro,clip", [(1, 0.5), (3, None)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_same_bits_with_and_without_offload(device, world, micro, clip, dtype):
+    run = Run(dtype=dtype, micro=micro, clip=clip, bucket_mb=2e-3, steps=3)
+    expected = on_threads(world, train_on, run)
+    device("1:0.5")
+    for variant in variants(run):
+        assert equal(on_threads(world, train_on, variant), expected), variant
+    assert clip is None or max(expected[0]["norms"]) > clip
+
+
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+def test_same_bits_with_rounded_moments(device, moments):
+    run = Run(dtype=torch.bfloat16, clip=0.5, bucket_mb=2e-3, moments=moments)
+    expected = on_threads(2, train_on, run)[0]
+    device("2:0.5")
+    for variant in variants(run):
+        assert equal(on_threads(2, train_on, variant)[0], expected), variant
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("stage,offload", [(2, "states"), (3, "all")])
+def test_every_schedule_of_delays_gives_the_same_bits(device, seed, stage, offload):
+    run = Run(stage=stage, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=1e-3, no_sync=seed % 2 == 1)
+    expected = on_threads(2, train_on, run)[0]
+    device(f"{seed}:3")
+    assert equal(on_threads(2, train_on, replace(run, offload=offload))[0], expected)
+
+
+def test_same_bits_over_processes(device, monkeypatch):
+    run = Run(stage=2, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=2e-3)
+    expected = on_processes(2, _train_group, run)
+    env = {"ZEROLITE_SIMULATE": "3:2", "ZEROLITE_DEBUG": "poison"}
+    for stage, offload in ((0, "states"), (2, "states"), (3, "all")):
+        found = on_processes(2, _train_group, replace(run, stage=stage, offload=offload), env=env)
+        assert equal(found, expected), (stage, offload)
+
+
+def _train_group(rank, run):
+    return train(None, rank, run)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_other_optimizers_step_on_the_host(device, kind):
+    run = Run(stage=2, optimizer=kind, lr=1e-3, clip=0.5, bucket_mb=2e-3)
+    expected = train(LocalComm(), 0, run)
+    device()
+    assert equal(train(LocalComm(), 0, replace(run, offload="states")), expected)
+    with pytest.raises(ValueError, match="update='stream'"):
+        make(replace(run, offload="states", more=(("update", "stream"),)), LocalComm())
+
+
+# ---- readers
+
+
+def after_a_step(offload="states", stage=2, **more):
+    """A model and an optimizer right after step(), and the parameters that a reader must see."""
+    run = Run(stage=stage, offload=offload, dtype=torch.bfloat16, bucket_mb=1e-3, more=tuple(more.items()))
+    pair = []
+    for overlap in (False, True):
+        model, optimizer = make(replace(run, more=(*run.more, ("overlap", overlap))), LocalComm())
+        loss_of(model, tokens_for(0, 0, 0)).backward()
+        optimizer.step()
+        pair.append((model, optimizer))
+    expected = {name: p.detach().clone() for name, p in pair[0][0].state_dict().items()}
+    return *pair[1], expected
+
+
+READERS = {
+    "state_dict": lambda model, name: model.state_dict()[name],
+    "state_dict of a part": lambda model, name: model.get_submodule(name.rpartition(".")[0]).state_dict()[name.split(".")[-1]],
+    "data": lambda model, name: model.get_parameter(name).data,
+    "detach": lambda model, name: model.get_parameter(name).detach(),
+    "clone": lambda model, name: model.get_parameter(name).clone(),
+    "index": lambda model, name: model.get_parameter(name)[...],
+    "in a list": lambda model, name: torch._foreach_mul([model.get_parameter(name)], 1.0)[0],
+    "in a nested list": lambda model, name: torch.stack([model.get_parameter(name)])[0],
+    "deepcopy of the model": lambda model, name: copy.deepcopy(model).get_parameter(name),
+    "deepcopy": lambda model, name: copy.deepcopy(model.get_parameter(name)),
+    "save": lambda model, name: saved(model.get_parameter(name)),
+    "numpy": lambda model, name: torch.from_numpy(model.get_parameter(name).detach().float().numpy()).bfloat16(),
+    "tolist": lambda model, name: torch.tensor(model.get_parameter(name).tolist()).bfloat16(),
+    "vector": lambda model, name: nn.utils.parameters_to_vector([model.get_parameter(name)]).view(
+        model.get_parameter(name).shape
+    ),
+    "functional_call": lambda model, name: torch.func.functional_call(
+        Holder(), {"x": model.get_parameter(name)}, (torch.ones((), dtype=torch.bfloat16),)
+    ),
+    "weights of another module": lambda model, name: (
+        nn.functional.linear(torch.eye(13, dtype=torch.bfloat16), model.get_parameter(name)).T
+    ),
+}
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(()))
+
+    def forward(self, by):
+        return self.x * by
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_between_step_and_forward_sees_the_new_value(device, reader):
+    device("5:8")
+    model, _, expected = after_a_step()
+    name = "blocks.1.up.weight"
+    assert type(model.get_parameter(name)) is PendingParameter
+    value = READERS[reader](model, name)
+    assert torch.equal(value, expected[name])
+    assert type(model.get_parameter(name)) is nn.Parameter and type(value) is not PendingParameter
+
+
+@pytest.mark.parametrize("stage,offload", [(0, "states"), (2, "states"), (3, "states"), (3, "all")])
+def test_readers_of_the_optimizer_wait_for_all(device, stage, offload):
+    device("6:8")
+    for read in (
+        lambda m, o: o.full_state()["blocks.1.up.weight"]["exp_avg"],
+        lambda m, o: o.state[m.get_parameter("blocks.1.up.weight")]["exp_avg"].view(-1, 13),
+        lambda m, o: o.state_dict()["state"],
+        lambda m, o: o.consolidate_state_dict() or o.state_dict()["state"],
+    ):
+        model, optimizer, expected = after_a_step(offload, stage)
+        value = read(model, optimizer)
+        assert not optimizer._built.updates.tasks
+        if isinstance(value, torch.Tensor):
+            assert torch.isfinite(value).all() and value.abs().sum() > 0
+        with optimizer.full_params():
+            assert all(torch.equal(model.get_parameter(n).detach(), expected[n]) for n in ("scale", "blocks.0.up.bias"))
+
+
+def test_a_module_whose_kernel_reads_behind_torch_waits(device):
+    class Raw(nn.Linear):
+        def forward(self, x):
+            with torch._C.DisableTorchFunctionSubclass():  # as a C++ extension does
+                return nn.functional.linear(x, self.weight, self.bias)
+
+    device("7:8")
+    results = []
+    for overlap in (False, True):
+        model = seeded(lambda: nn.Sequential(Raw(8, 8), Raw(8, 8)))
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = zerolite.ZeroOptimizer(inner, model, offload="states", bucket_mb=1e-4, overlap=overlap)
+        for _ in range(3):
+            model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model(torch.ones(2, 8)))
+    assert torch.equal(*results) and torch.isfinite(results[0]).all()
+
+
+def gate(optimizer, number):
+    """Holds the updates from bucket `number` (in forward order) on, until the event that is returned is set."""
+    opened = threading.Event()
+    way = optimizer._built.updates.ways[0]
+    names = [bucket.name for bucket in optimizer._trained]
+    run = way.run
+
+    def wait(task):
+        if names.index(task.bucket.name) >= number:
+            assert opened.wait(30)
+        run(task)
+
+    way.run = wait
+    return opened
+
+
+def test_a_forward_waits_for_its_own_bucket_alone_and_what_reads_no_value_for_none(device):
+    device("0")
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)]))
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = zerolite.ZeroOptimizer(inner, model, offload="states", bucket_mb=2**-10, update="host")
+    assert len(optimizer._trained) == 4
+    model(torch.ones(1, 16)).sum().backward()
+    opened = gate(optimizer, 2)
+    optimizer.step()  # returns though two updates are held
+    model.zero_grad()
+    optimizer.zero_grad()
+    x = model[1](model[0](torch.ones(1, 16)))
+    kinds = [type(layer.weight) for layer in model]
+    assert kinds == [nn.Parameter, nn.Parameter, PendingParameter, PendingParameter]
+    p = model[3].weight
+    assert (p.shape, p.dtype, p.grad, p.requires_grad, p.numel(), p.device.type) == ((16, 16), p.dtype, None, True, 256, "cpu")
+    assert isinstance(p, nn.Parameter) and p in set(model.parameters()) and type(p) is PendingParameter
+    reader = threading.Thread(target=lambda: model[3](model[2](x)).sum().backward())
+    reader.start()
+    time.sleep(0.1)
+    assert reader.is_alive()  # it waits
+    opened.set()
+    reader.join(30)
+    assert not reader.is_alive() and all(type(layer.weight) is nn.Parameter for layer in model)
+
+
+# ---- failures
+
+
+def test_a_failed_update_is_raised_at_the_next_call(device):
+    device("0")
+    for call in (
+        lambda m, o: o.step(),
+        lambda m, o: loss_of(m, tokens_for(1, 0, 0)),
+        lambda m, o: m.blocks[0].up.weight.norm(),
+        lambda m, o: o.state_dict(),
+    ):
+        model, optimizer = make(Run(offload="states", bucket_mb=1e-3, more=(("update", "host"),)), LocalComm())
+        loss_of(model, tokens_for(0, 0, 0)).backward()
+
+        def fail(task):
+            raise ValueError("no such kernel")
+
+        optimizer._built.updates.ways[0].run = fail
+        with pytest.raises(RuntimeError, match=r"an offloaded update failed .*no such kernel.*checkpoint"):
+            optimizer.step()  # perhaps it has failed before this returns
+            call(model, optimizer)
+        with pytest.raises(RuntimeError, match="an offloaded update failed"):
+            optimizer.zero_grad()
+
+
+def test_an_infinite_gradient_on_one_rank_touches_no_state(device):
+    def body(comm):
+        model, optimizer = make(Run(stage=2, offload="states", bucket_mb=1e-3), comm)
+        for step in range(2):
+            loss_of(model, tokens_for(step, 0, comm.rank)).backward()
+            if step == 1 and comm.rank == 1:
+                model.blocks[0].up.weight.grad = torch.full_like(model.blocks[0].up.weight, float("inf"))
+            elif step == 1:
+                model.blocks[0].up.weight.grad = torch.zeros_like(model.blocks[0].up.weight)
+            before = {n: v.clone() for n, v in model.state_dict().items()}, copy.deepcopy(optimizer.full_state())
+            optimizer.step()
+            optimizer.zero_grad()
+        return equal((dict(model.state_dict()), optimizer.full_state()), before), optimizer.skipped_steps
+
+    device("4:3")
+    with pytest.warns(UserWarning, match="not finite"):
+        assert on_threads(2, body) == [(True, 1), (True, 1)]
+
+
+EXIT = """
+import os, torch, zerolite
+from torch import nn
+model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, offload="states", bucket_mb=0.01)
+model(torch.ones(1, 64)).sum().backward()
+optimizer.step()
+assert optimizer._built.updates.tasks
+if {fork}:
+    child = os.fork()
+    if child == 0:
+        try:
+            model[7].weight.norm()
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+if {drop}:
+    del optimizer
+    assert torch.isfinite(model(torch.ones(1, 64))).all()
+print("end")
+"""
+
+
+@pytest.mark.parametrize("fork,drop", [(0, 0), (1, 0), (0, 1)])
+def test_the_process_ends_with_an_update_under_way(fork, drop):
+    env = {**os.environ, "ZEROLITE_SIMULATE": "1:60", "ZEROLITE_DEBUG": "poison"}
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT.format(fork=fork, drop=drop)], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "end"), done.stderr
+
+
+def test_a_dropped_optimizer_ends_its_threads(device):
+    device("0")
+    before = threading.active_count()
+    for _ in range(3):
+        model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
+        loss_of(model, tokens_for(0, 0, 0)).backward()
+        optimizer.step()
+        loss_of(model, tokens_for(0, 0, 0))
+        optimizer.remove_hooks()
+        del model, optimizer
+    import gc
+
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"update": "gpu"}, "update: expected one of 'auto', 'host', 'stream', got 'gpu'"),
+        ({"resident": 1.5}, "resident: expected a part of the states from 0.0 to 1.0, got 1.5"),
+        ({"resident": 0.5, "offload": None}, "resident=0.5: expected offload='states'"),
+        ({"resident": 0.5, "offload": "all", "stage": 3}, "resident=0.5: expected offload='states'"),
+    ],
+)
+def test_options_that_do_not_exist_or_do_not_go_together(options, message):
+    model = seeded(Net)
+    with pytest.raises(ValueError, match=message):
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, **{"offload": "states", **options})
+
+
+def test_unknown_words_of_the_environment(monkeypatch):
+    monkeypatch.setenv("ZEROLITE_SIMULATE", "soon")
+    with pytest.raises(ValueError, match="ZEROLITE_SIMULATE: expected SEED or SEED:MILLISECONDS, got 'soon'"):
+        make(Run(offload="states"), LocalComm())
+    monkeypatch.setenv("ZEROLITE_SIMULATE", "0")
+    monkeypatch.setenv("ZEROLITE_DEBUG", "poisson")
+    with pytest.raises(ValueError, match="ZEROLITE_DEBUG: expected 'poison' or nothing, got 'poisson'"):
+        make(Run(offload="states"), LocalComm())
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("stage,offload", [(0, "states"), (1, "states"), (2, "states"), (3, "states"), (3, "all")])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+@pytest.mark.parametrize("resident", [0.0, 0.4])
+def test_live_storages_equal_the_plan(device, stage, offload, world, moments, resident):
+    if resident and offload == "all":
+        resident = 0.0
+    more = (("resident", resident), ("update", "host"))
+
+    def body(comm):
+        run = Run(stage=stage, offload=offload, dtype=torch.bfloat16, bucket_mb=2e-3, moments=moments, more=more)
+        model, optimizer = make(run, comm)
+        found = []
+        for step in range(2):
+            loss_of(model, tokens_for(step, 0, comm.rank)).backward()
+            optimizer._built.updates.settle()
+            found.append(optimizer.memory())
+            optimizer.step()
+            optimizer.zero_grad()
+        return found, optimizer.plan, [bucket.kept for bucket in optimizer._trained]
+
+    device("0")
+    for found, plan, kept in on_threads(world, body):
+        assert any(kept) == (resident > 0) and not all(kept)
+        for memory in found:
+            assert memory.live == plan.bytes_at_rest
+        by_name = {term.name: term for term in plan.terms}
+        assert by_name["moments"].home == "host" and (offload == "all" or by_name["host half"].home == "host")
+        assert by_name["parameters"].home == ("host" if offload == "all" else "device")
+        assert not resident or by_name["moments kept"].home == "device"
+
+
+def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch):
+    device("0")
+    seen = []
+    start = Simulated.__init__
+
+    def watch(self, *args):
+        start(self, *args)
+        seen.append(self)
+
+    monkeypatch.setattr(Simulated, "__init__", watch)
+    model, optimizer = make(Run(offload="states", dtype=torch.bfloat16, more=(("update", "host"),)), LocalComm())
+    elements = sum(bucket.layout.numel for bucket in optimizer._trained)
+    for step in range(3):
+        loss_of(model, tokens_for(step, 0, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()
+    assert seen[0].copied == {"down": 3 * 2 * elements, "up": 3 * 2 * elements}
+
+
+def test_host_bytes_a_parameter_of_a_plan():
+    """Exact: half 2, remainder 2, moments 8, gradients 2; DeepSpeed: 18 to 20 (peers measured in docs/offload.md)."""
+    exact = zerolite.plan(10**9, stage=2, offload="states", device="cuda", param_dtype=torch.bfloat16)
+    small = zerolite.plan(10**9, stage=2, offload="states", device="cuda", param_dtype=torch.bfloat16, moments="int8")
+    assert exact.host_peak / exact.numel == pytest.approx(14.0, rel=1e-3)
+    assert small.host_peak / small.numel == pytest.approx(8.03, rel=1e-3)
+
+
+def test_a_host_without_enough_memory_is_refused_before_anything_is_allocated(device):
+    device("0")
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(1 << 16, 1 << 16, bias=False) for _ in range(200)])
+    with pytest.raises(ValueError, match=r"host memory: expected at most .* bytes a host, got a peak of"):
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3, offload="all")
+
+
+# ---- torch.compile
+
+
+def test_a_compiled_model_waits_in_step_and_gives_the_same_bits(device, caplog):
+    torch._dynamo.reset()
+
+    def run(compiled, offload):
+        model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = zerolite.ZeroOptimizer(inner, model, offload=offload, bucket_mb=1e-4)
+        forward = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(5):
+            forward(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(model.state_dict()), optimizer
+
+    expected, _ = run(False, None)
+    device("3:4")
+    got, optimizer = run(True, "states")
+    assert equal(got, expected) and not optimizer._built.updates.overlap
+    assert sum("torch.compile" in record.message for record in caplog.records) == 1
+    torch._dynamo.reset()
