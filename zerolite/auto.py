@@ -26,6 +26,7 @@ def settle(
     Raises DoesNotFit on every rank: for "auto" where nothing fits in the memory that is free now, for a given stage where
     it needs more than its host has in all.
     """
+    open_ = is_auto(options["stage"]) or options["resident"] == "auto"  # something is left to the plan
     free, total = usable_memory()
     params = list(model.parameters()) if isinstance(model, nn.Module) else []
     held = sum(p.numel() * p.element_size() for p in params if not p.is_meta)
@@ -34,19 +35,19 @@ def settle(
     if comm.rank == 0:
         try:
             chosen = _decide(optimizer, model, options, comm, facts)
-            outcome = ("stage", chosen.stage, chosen.reasons)
+            outcome = ("chosen", {"stage": chosen.stage, "resident": chosen.resident}, chosen.reasons)
         except DoesNotFit as error:
             outcome = ("refused", str(error), ())
         except Exception as error:  # build() says it better; "auto" cannot go on
-            outcome = ("failed", f"{error}", ()) if is_auto(options["stage"]) else None
+            outcome = ("failed", f"{error}", ()) if open_ else None
     outcome = comm.share(outcome, "set-up plan")[0]
     if outcome is not None and outcome[0] == "refused":
         raise DoesNotFit(outcome[1])
-    if not is_auto(options["stage"]):
+    if not open_:
         return options, ()
     if outcome is not None and outcome[0] == "failed":
-        raise ValueError(f"stage='auto': {outcome[1]}")
-    return {**options, "stage": outcome[1] if outcome is not None else options["stage"]}, outcome[2] if outcome else ()
+        raise ValueError(f"stage='auto': {outcome[1]}" if is_auto(options["stage"]) else str(outcome[1]))
+    return {**options, **(outcome[1] if outcome is not None else {})}, outcome[2] if outcome else ()
 
 
 def _decide(
@@ -66,11 +67,8 @@ def _decide(
     device = next((p.device for _, p in params if not p.is_meta), torch.device("cpu"))
     kind, memory = device_memory(device)
     setting = Setting(here, shared and kind == "cpu", kind, options["update"] != "host")
-    limits = Limits(host=room, device=memory)
-    return choose(
-        Question(model, params, optimizer, options, comm.size, setting),
-        options["stage"],
-        options["offload"],
-        options["moments"],
-        limits,
-    )
+    held = sum(p.numel() * p.element_size() for _, p in params if p.is_cuda)
+    free = memory[0] + held if memory is not None else None
+    limits = Limits(host=room, device=memory[1] if memory is not None and not auto else free)
+    question = Question(model, params, optimizer, options, comm.size, setting, free)
+    return choose(question, options["stage"], options["offload"], options["moments"], limits)

@@ -113,7 +113,7 @@ class Bucket:
         self.link = link
         self.kept = kept
         self.apart = link.separate and plan.states.home == "host" and not kept
-        device = torch.device("cpu") if entries[0].param.is_meta else entries[0].param.device
+        device = link.device
         self.room = link.host if self.apart else Room(device)
         self.rest = torch.empty(0, device=self.room.device)
         self._fill(dtype, device, trained)

@@ -230,7 +230,8 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
             groups[p] = group
     if not any(p.requires_grad for p in groups):
         raise ValueError("optimizer: expected at least one parameter that requires a gradient, got none.")
-    device = next((p.device for p in groups if not p.is_meta), torch.device("cpu"))
+    default = torch.get_default_device()  # of a model on the meta device: where it would have been built
+    device = next((p.device for p in groups if not p.is_meta), default if default.type == "cuda" else torch.device("cpu"))
     owned = set(model.parameters()) if model is not None else set()
     wanted = list(groups)
     if plan.params.sharded and model is not None:

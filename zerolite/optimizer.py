@@ -45,7 +45,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         overlap: with offload on a GPU, step() returns while the host updates, and each parameter waits for its new value
             when it is used; False: step() waits. The same bits. On a CPU there is nothing to overlap.
         update: where offloaded states are updated, "host", "stream" (on the GPU, in chunks), or "auto": both, by their speed.
-        resident: part of the states, 0.0 to 1.0, that stays on the GPU with offload="states"; `plan` says what would fit.
+        resident: part of the states, 0.0 to 1.0, that stays on the GPU with offload="states"; "auto": what its memory takes.
         process_group: a torch.distributed group; None: the default group, or a world of one.
 
     Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
@@ -67,7 +67,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_mb: float = DEFAULT_BUCKET_MB,
         overlap: bool = True,
         update: str = "auto",
-        resident: float = 0.0,
+        resident: float | str = 0.0,
         process_group: Any = None,
     ) -> None:
         self._built: Built | None = None

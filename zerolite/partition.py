@@ -143,9 +143,9 @@ def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool =
             f"parameter '{name}': expected a tensor with values, got one on the meta device. Pass the model whose modules "
             "initialise it when ZeroOptimizer is built, or call model.to_empty(device=...) and initialise it first."
         )
-    if p.device.type != "cpu":
+    if p.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"parameter '{name}': expected a CPU tensor, got device {p.device}, which this version lacks. Use model.cpu()."
+            f"parameter '{name}': expected a CPU or CUDA tensor, got device {p.device}. Use model.cpu() or model.cuda()."
         )
     if p.device != device:
         raise ValueError(

@@ -383,8 +383,8 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
             f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "
             f"stage={number}. Use stage=3 or offload='states'."
         )
-    if not isinstance(resident, (int, float)) or not 0.0 <= resident <= 1.0:
-        raise ValueError(f"resident: expected a part of the states from 0.0 to 1.0, got {resident!r}")
+    if isinstance(resident, bool) or not isinstance(resident, (int, float)) or not 0.0 <= resident <= 1.0:
+        raise ValueError(f"resident: expected 'auto' or a part of the states from 0.0 to 1.0, got {resident!r}")
     if resident and (not offload or offload == "all"):
         raise ValueError(
             f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."

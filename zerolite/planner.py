@@ -68,7 +68,9 @@ class Question:
         options: dict[str, Any],
         world: int,
         setting: Setting,
+        device: int | None = None,
     ) -> None:
+        self.device = device  # bytes of a rank's device, for resident="auto"
         self.model = model
         self.params = params
         self.optimizer = optimizer
@@ -95,6 +97,8 @@ class Question:
     def plan(self, stage: object, offload: object, moments: str, world: int | None = None) -> Plan:
         """One plan. Raises ValueError for a stage, offload or moments that do not exist or do not go together."""
         resident = self.options.get("resident", 0.0) if offload == "states" else 0.0
+        if resident == "auto":
+            return self._fullest(stage, offload, moments, world)
         plan = make_plan(stage, offload, self.world if world is None else world, resident)
         keeper = Keeper(plan.resident, sum(p.numel() for _, p in self.params if p.requires_grad))
         if plan.params.sharded and self.model is None:
@@ -118,6 +122,20 @@ class Question:
         outside = beside(self.model, params, covered, self.options["param_dtype"])
         return with_rows(plan, rows, replace(self.setting, beside=outside))
 
+    def _fullest(self, stage: object, offload: object, moments: str, world: int | None) -> Plan:
+        """The largest part of the states, in 16ths, that the device has room for. Where activations were not measured, half of
+        what the plan leaves is left to them."""
+        bare = replace_options(self, resident=0.0).plan(stage, offload, moments, world)
+        room = self.device - bare.used("device") if self.device is not None and self.setting.device != "cpu" else 0
+        room = room if self.setting.activations is not None else room // 2
+        best = bare
+        for part in range(1, 17) if room > 0 else ():
+            other = replace_options(self, resident=part / 16).plan(stage, offload, moments, world)
+            if other.used("device") - bare.used("device") > room:
+                break
+            best = other
+        return best
+
     def candidates(
         self, ways: list[tuple[int, str | None]], kinds: Iterable[str], limits: Limits, found: Rates, world: int | None = None
     ) -> list[Candidate]:
@@ -132,6 +150,13 @@ class Question:
         adam = self.optimizer is None or type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         plain = adam and not any(g.get("amsgrad") for g in (self.optimizer.param_groups if self.optimizer else []))
         return list(MOMENTS) if plain else ["fp32"]
+
+
+def replace_options(question: Question, **changes: Any) -> Question:
+    """The same question with other options."""
+    other = object.__new__(Question)
+    other.__dict__.update(question.__dict__, options={**question.options, **changes})
+    return other
 
 
 # ---- choosing
@@ -235,8 +260,9 @@ def question_of(
     batch: Any = None,
     micro_batches: int = 1,
     clip: bool = True,
-    resident: float = 0.0,
+    resident: float | str = 0.0,
     update: str = "auto",
+    device_bytes: int | None = None,
 ) -> tuple[Question, str]:
     """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
     here = world if ranks_per_host is None else ranks_per_host
@@ -261,7 +287,7 @@ def question_of(
     saved = None if batch is None else activations(model, batch, param_dtype)
     setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved)
     options = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype, "resident": resident}
-    return Question(model, params, optimizer, options, world, setting), what
+    return Question(model, params, optimizer, options, world, setting, device_bytes), what
 
 
 def plan(
@@ -293,5 +319,6 @@ def plan(
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """
     limits = Limits(parse_bytes(device_bytes, "device_bytes"), parse_bytes(host_bytes, "host_bytes"))
-    question, _ = question_of(source, device=device or ("cpu" if limits.device is None else "cuda"), **options)
+    kind = device or ("cpu" if limits.device is None else "cuda")
+    question, _ = question_of(source, device=kind, device_bytes=limits.device, **options)
     return choose(question, stage, offload, moments, limits)

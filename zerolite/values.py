@@ -159,7 +159,7 @@ class Materialise:
         for name in asleep:
             buffer = module._buffers[name]
             assert buffer is not None
-            module._buffers[name] = torch.full_like(buffer, _nothing(buffer.dtype), device="cpu")
+            module._buffers[name] = torch.full_like(buffer, _nothing(buffer.dtype), device=torch.get_default_device())
         if asleep:
             self._woken[module] = asleep
         return asleep

@@ -32,9 +32,10 @@ class Event:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = stream.record_event()
+        self.device = stream.device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
 
     def sync(self) -> None:
         self.event.synchronize()

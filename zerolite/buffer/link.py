@@ -45,6 +45,7 @@ class Link(Protocol):
     """Copies between a device and host memory. Calls return at once; every tensor is kept until its copy is done."""
 
     kind: str  # "cpu", "cuda" or "simulated"
+    device: torch.device  # what the model computes on
     separate: bool  # the host's memory is another memory than the device's
     host: Room  # host memory that copies cross
 
@@ -71,6 +72,7 @@ class Same:
     kind, separate = "cpu", False
 
     def __init__(self) -> None:
+        self.device = torch.device("cpu")
         self.host = Room(torch.device("cpu"))
 
     def now(self) -> Mark:
@@ -89,7 +91,7 @@ class Same:
 
 
 def link_for(device: torch.device) -> Link:
-    """The link of a device. `ZEROLITE_SIMULATE=SEED[:MILLISECONDS]` makes a CPU play a device, for tests."""
+    """The link of a device. `ZEROLITE_SIMULATE=SEED[:MILLISECONDS[:BYTES]]` makes a CPU play a device, for tests."""
     if device.type == "cuda":
         from zerolite.buffer.cuda import Cuda
 
@@ -102,8 +104,13 @@ def link_for(device: torch.device) -> Link:
     return Same()
 
 
-def device_memory(device: torch.device) -> tuple[str, int | None]:
-    """Which link a device has (Link.kind), and its bytes of memory in all; None where that is the host's."""
+def device_memory(device: torch.device) -> tuple[str, tuple[int, int] | None]:
+    """Which link a device has (Link.kind), and its bytes of memory, free and in all; None where that is the host's."""
     if device.type == "cuda":
-        return "cuda", int(torch.cuda.mem_get_info(device)[1])
-    return ("simulated" if "ZEROLITE_SIMULATE" in os.environ else "cpu"), None
+        free, total = torch.cuda.mem_get_info(device)
+        return "cuda", (int(free), int(total))
+    simulate = os.environ.get("ZEROLITE_SIMULATE")
+    if simulate is None:
+        return "cpu", None
+    size = simulate.split(":")[2:]
+    return "simulated", (int(size[0]), int(size[0])) if size else None

@@ -73,6 +73,7 @@ class Simulated:
     kind, separate = "simulated", True
 
     def __init__(self, seed: int = 0, most: float = 0.0) -> None:
+        self.device = torch.device("cpu")
         self.host = Room(torch.device("cpu"), pin=lambda region: None)
         self.copied = {"down": 0, "up": 0}  # bytes
         chance = random.Random(seed)
@@ -86,12 +87,14 @@ class Simulated:
 
     @classmethod
     def parse(cls, text: str) -> Simulated:
-        """From SEED or SEED:MILLISECONDS. Raises ValueError for anything else."""
-        seed, _, most = text.partition(":")
+        """From SEED[:MILLISECONDS[:BYTES]], BYTES of device memory for plans. Raises ValueError for anything else."""
         try:
-            return cls(int(seed), float(most or 0) / 1e3)
+            seed, most, *size = [*text.split(":"), "0"][: max(len(text.split(":")), 2)]
+            if len(size) > 1 or any(int(value) <= 0 for value in size):
+                raise ValueError
+            return cls(int(seed), float(most) / 1e3)
         except ValueError:
-            raise ValueError(f"ZEROLITE_SIMULATE: expected SEED or SEED:MILLISECONDS, got {text!r}") from None
+            raise ValueError(f"ZEROLITE_SIMULATE: expected SEED[:MILLISECONDS[:BYTES]], got {text!r}") from None
 
     def now(self) -> Mark:
         return Reached()

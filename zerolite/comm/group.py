@@ -41,7 +41,10 @@ class Waiting:
     def wait(self) -> Tensor:
         if self.work is not None:
             try:
-                self._wait()
+                if self.result.is_cuda:
+                    self.work.wait()  # the stream waits, not the host; the group's watchdog looks after lost ranks
+                else:
+                    self._wait()
             finally:
                 self.work = None
         return self.result
@@ -79,7 +82,8 @@ class GroupComm:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ledger = Ledger()
-        self.timeout = _timeout(self.group)
+        self.control = _control(self.group)
+        self.timeout = _timeout(self.group, self.control)
         self.members = dist.get_process_group_ranks(self.group)
 
     def exchange(self, full: Tensor, what: str) -> Waiting:
@@ -107,12 +111,21 @@ class GroupComm:
 
     def _reduce(self, values: Tensor, op: Any, what: str) -> None:
         self.ledger.enter(what, _bytes(values))
-        self._start(what, values, lambda: dist.all_reduce(values, op, group=self.group, async_op=True)).wait()
+        carried = self._carried(values)
+        self._start(what, carried, lambda: dist.all_reduce(carried, op, group=self.group, async_op=True)).wait()
+        if carried is not values:
+            values.copy_(carried)
 
     def broadcast_(self, values: Tensor, what: str) -> None:
         self.ledger.enter(what, _bytes(values))
-        source = self.members[0]
-        self._start(what, values, lambda: dist.broadcast(values, source, group=self.group, async_op=True)).wait()
+        source, carried = self.members[0], self._carried(values)
+        self._start(what, carried, lambda: dist.broadcast(carried, source, group=self.group, async_op=True)).wait()
+        if carried is not values:
+            values.copy_(carried)
+
+    def _carried(self, values: Tensor) -> Tensor:
+        """The tensor itself, or where the group (NCCL) takes no host memory, a copy on the device."""
+        return values if self.control.type == "cpu" or values.is_cuda else values.to(self.control)
 
     def share(self, value: Any, what: str) -> list[Any]:
         self.ledger.enter(what, 0)
@@ -222,10 +235,19 @@ class Averaging:
         return (self.sum.wait() / self.sum.comm.size).to(self.dtype).view(1, -1)
 
 
-def _timeout(group: Any) -> float:
+def _control(group: Any) -> torch.device:
+    """Where small tensors of control data travel: the host where the group has a backend for it (gloo), else the GPU."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _timeout(group: Any, device: torch.device) -> float:
     """The group's own timeout in seconds."""
     try:
-        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        return group._get_backend(device).options._timeout.total_seconds()
     except (RuntimeError, AttributeError):
         return dist.constants.default_pg_timeout.total_seconds()
 
