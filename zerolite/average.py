@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import Link, Mark, Reached, Room, zeros
+from zerolite.buffer import Link, Mark, Reached, Ring, zeros
+from zerolite.comm import Pending
 from zerolite.kernels import LIMBS, reduce_, square_sum_
-from zerolite.placement import TURNS
 from zerolite.worker import Worker
 
 
@@ -28,8 +28,9 @@ class Average(Protocol):
     coming: Mark
     squares: Tensor | None  # int64 [parts, LIMBS]: exact sums of squares of the parts of parameters; None: not known
 
-    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
-        """Takes in a round: the average of `sources`, rounded to their dtype. `done` is called when they were read."""
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
+        """Takes in a round when it comes: the average of its sources, rounded to their dtype. `done` is called when they were
+        read. Returns the sources."""
         ...
 
     def settled(self) -> Tensor | None:
@@ -66,7 +67,12 @@ class Near:
         self.coming: Mark = Reached()
         self.squares: Tensor | None = None
 
-    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
+        sources = list(flight.wait())
+        self._add(sources, mean, done)
+        return sources
+
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         first = self.value is None
         if self.value is None:
             if len(sources) == 1 and mean == 1.0:
@@ -77,7 +83,7 @@ class Near:
             self.value = self.spare
         elif self.value.dtype != torch.float32 or len(sources) == 1:
             self.value, self.spare = self.value.to(torch.float32, copy=True), None
-        reduce_(self.value, list(sources), mean, not first)
+        reduce_(self.value, sources, mean, not first)
         done()
 
     def settled(self) -> Tensor | None:
@@ -100,36 +106,13 @@ class Near:
         return [t for t in (self.value, self.spare) if t is not None]
 
 
-class Ring:
-    """Memory that is lent in turns, as large as was needed so far."""
-
-    def __init__(self, room: Room) -> None:
-        self.room = room
-        self.slots: list[Tensor | None] = [None] * TURNS
-        self.used: list[Mark] = [Reached()] * TURNS  # when what a slot was lent for is over
-        self.turn = 0
-
-    def lend(self, numel: int, dtype: torch.dtype) -> tuple[int, Tensor]:
-        """The next slot and its number; `used` of it is for the caller to wait for, and to set."""
-        self.turn = (self.turn + 1) % TURNS
-        size = numel * dtype.itemsize
-        slot = self.slots[self.turn]
-        if slot is None or slot.numel() < size:
-            self.used[self.turn].sync()
-            slot = self.slots[self.turn] = self.room.zeros(size, torch.uint8)
-        return self.turn, slot[:size].view(dtype)
-
-    def held(self) -> list[Tensor]:
-        return [slot for slot in self.slots if slot is not None]
-
-
 class Staging:
     """What all buckets' rounds share on their way from the device to the host."""
 
     def __init__(self, link: Link, worker: Worker, device: torch.device) -> None:
         self.link = link
         self.worker = worker
-        self.leaving = Ring(Room(device))  # averages on the device, until they are copied
+        self.leaving = Ring(link.near)  # averages on the device, until they are copied
         self.later = Ring(link.host)  # rounds after the first, until they are added
 
 
@@ -150,11 +133,16 @@ class Far:
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=device)
         self.squares: Tensor | None = None
 
-    def add(self, sources: Sequence[Tensor], mean: float, done: Callable[[], None]) -> None:
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
+        sources = list(flight.wait())
+        self._add(sources, mean, done)
+        return sources
+
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         leaving, later = self.staging.leaving, self.staging.later
         turn, fresh = leaving.lend(self.numel, sources[0].dtype)
         leaving.used[turn].wait()
-        reduce_(fresh, list(sources), mean, False)
+        reduce_(fresh, sources, mean, False)
         done()
         if self.value is None:
             self.value = self._room(fresh.dtype)
@@ -205,3 +193,30 @@ class Far:
 
     def held(self) -> list[Tensor]:
         return list(self.kept.values())
+
+
+class Joint(Far):
+    """An average on the host, of rounds that devices copy into memory which their ranks share: the worker reads them there."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, staging: Staging) -> None:
+        super().__init__(numel, dtype, spans, torch.device("cpu"), staging)
+
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
+        dtype, before, earlier = flight.result[0].dtype, self.coming, self.value
+        self.value = value = self._room(dtype if earlier is None else torch.float32)
+        self.squares = self.sums if earlier is None else None
+
+        def take() -> None:
+            before.sync()
+            sources = list(flight.wait())
+            if earlier is not None and earlier is not value:
+                value.copy_(earlier)
+            reduce_(value, sources, mean, earlier is not None)
+            if earlier is None:
+                self.sums.zero_()
+                if len(self.parts):
+                    square_sum_(self.sums, [value], self.parts, 1.0)
+            done()
+
+        self.coming = self.staging.worker.submit(take)
+        return list(flight.result)

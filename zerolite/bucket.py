@@ -21,18 +21,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from zerolite.average import Average, Far, Near, Staging
+from zerolite.average import Average, Far, Joint, Near, Staging
 from zerolite.buffer import Link, Mark, Reached, Room
 from zerolite.comm import Comm, Pending
 from zerolite.comm.flags import Arriving
 from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
+from zerolite.comm.pinned import PinnedComm, PinnedLane, Pool
 from zerolite.comm.shared import Home
 from zerolite.dtypes import bits_dtype, dense_strides, rest_dtype
 from zerolite.entry import Entry
@@ -41,22 +41,8 @@ from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
 from zerolite.meta import make_real
 from zerolite.placement import Plan, Widths
-from zerolite.update import Rule, State, Target, Work
-
-
-@dataclass
-class Pass:
-    """One update of a bucket, ready to run once."""
-
-    bucket: Bucket
-    work: Work
-    sources: list[Tensor]
-    mean: float
-    coming: Mark  # the sources are there
-
-    def __call__(self) -> None:
-        self.coming.sync()
-        self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
+from zerolite.update import Rule, State, Target
+from zerolite.writes import Pass, adopt
 
 
 class Bucket:
@@ -70,6 +56,7 @@ class Bucket:
     full: Tensor  # 1D, layout.numel, compute dtype; without a home its storage is empty while released
     whole: bool  # `full` holds the parameters, or a gather into it is under way
     home: Home | None  # the parameters once for all ranks of a host; None: every rank has its own
+    pool: Pool | None  # `mine` of all ranks of the host in one tensor, from which each device copies
     shard: Tensor  # 1D, layout.shard, compute dtype: this rank's range
     mine: Tensor  # 1D: the range this rank updates, `shard` or (states whole) `full`; a copy after outside writes to a home;
     # where states are offloaded, the host's half, which is copied up to `own` after an update
@@ -107,6 +94,7 @@ class Bucket:
         self.entries = entries
         self.pending = self.published = None
         self.stale = False
+        self.pool = None
         self.state = None
         self.grads = None
         self.settle = None
@@ -137,6 +125,8 @@ class Bucket:
             values = full
         self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
+        if isinstance(self.comm, PinnedComm) and self.apart and self.plan.states.sharded:
+            self.pool = self.comm.pool(self.layout.numel, dtype)
         if self.plan.states.sharded and not self.apart:  # else every rank writes all of it
             self.home = self.comm.home(self.layout.numel, dtype, self.plan.params.sharded)
         if self.home is not None:
@@ -146,7 +136,10 @@ class Bucket:
         elif self.plan.params.sharded:
             self.shard = self.shard.clone()
         self.mine = self.own = self.shard if self.plan.states.sharded else self.full
-        if self.apart and (trained or self.plan.params.home == "host"):
+        if self.pool is not None:
+            self.mine = self.pool.shared[start:stop].copy_(self.own)
+            self.pool.publish(f"set-up {self.name}")
+        elif self.apart and (trained or self.plan.params.home == "host"):
             self.mine = self.room.zeros(self.own.numel(), dtype).copy_(self.own)
         if self.plan.params.home == "host":
             self.shard = self.own = self.mine
@@ -185,7 +178,12 @@ class Bucket:
         device, dtype = self.full.device, self.full.dtype
         average: Average = Near(self.layout.shard, device)
         if staging is not None and self.apart:
-            average = Far(self.layout.shard, dtype, self.spans, device, staging)
+            joint = isinstance(lane, PinnedLane)
+            average = (
+                Joint(self.layout.shard, dtype, self.spans, staging)
+                if joint
+                else Far(self.layout.shard, dtype, self.spans, device, staging)
+            )
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
     @property
@@ -234,6 +232,9 @@ class Bucket:
 
     def _bring(self, what: str) -> Pending:
         """Gathers where parameters rest on the host: this rank's shard goes up to its range, and the ranges to all ranks."""
+        if self.pool is not None:
+            self.comm.ledger.enter(what, 0)
+            return Arriving(self.link.up(self.full, self.pool.shared, Reached()).wait, self.full)
         start, stop = self.layout.span(self.comm.rank)
         came = self.link.up(self.full[start:stop], self.shard, Reached())
         if self.plan.alone:
@@ -273,6 +274,12 @@ class Bucket:
         up     the host's half is to be copied to the device first, where that is another memory
         """
         comm = comm or self.comm
+        if self.pool is not None:
+            self.pool.publish(f"gather {self.name}")
+            if not self.plan.params.sharded:
+                self.link.up(self.full, self.pool.shared, after or self.link.now()).wait()
+                comm.ledger.note("publish", self.name)
+                return
         if up and self.mine is not self.own and self.home is None:
             self.link.up(self.own, self.mine, after or self.link.now()).wait()
         if self.home is not None:
@@ -312,13 +319,13 @@ class Bucket:
         """Slots whose parameter was written in place by someone else since our last write."""
         return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
 
-    def keep_writes(self, quiet: bool = False, everywhere: bool = False) -> None:
+    def keep_writes(self, quiet: bool = False, everywhere: bool = False, before: Tensor | None = None) -> None:
         """Adopts values that someone else wrote to the parameters: the master becomes the new value.
 
         everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
+        before      what `mine` held, where it is a view of `full` and so cannot tell
         """
-        slots = list(range(len(self.entries))) if everywhere else self.written()
-        separate = self.plan.params.sharded or self.home is not None or self.mine is not self.own  # `mine` is no view of `full`
+        slots = list(range(len(self.entries))) if everywhere else [] if self.home is not None else self.written()
         if self.home is not None:
             self.stale = self.stale or self.home.dirty()
             slots = list(range(len(self.entries))) if self.stale else []
@@ -326,23 +333,7 @@ class Bucket:
                 self.mine = self.shard.clone()  # other ranks may be reading the home
         if not slots:
             return
-        start = self.span[0]
-        found = not separate
-        for piece in self.pieces:
-            if piece.slot not in slots:
-                continue
-            part = slice(piece.offset, piece.offset + piece.stop - piece.start)
-            at = self.layout.slots[piece.slot].offset + piece.start
-            assert piece.offset == at - start
-            new = self.full[at : at + piece.stop - piece.start].to(self.mine.device)
-            changed = torch.ones_like(new, dtype=torch.bool)
-            if separate:
-                changed = new.view(bits_dtype(new.dtype)) != self.mine[part].view(bits_dtype(new.dtype))
-                self.mine[part] = new
-                found = found or bool(changed.any())
-            if self.rest.numel():
-                fresh = torch.zeros_like(self.rest[part]) if self.rest.dtype == torch.int16 else new.float()
-                self.rest[part] = torch.where(changed, fresh, self.rest[part])
+        found = adopt(self, slots, before)
         for slot in slots:
             self.entries[slot].version = self.entries[slot].param._version
         if found and not quiet and self.rest.numel():

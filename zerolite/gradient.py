@@ -199,9 +199,8 @@ class Gradients:
         """Averages the round in flight."""
         if self.flight is None:
             return
-        self.taken = sources = list(self.flight.wait())
-        self.flight = None
-        self.average.add(sources, self.lane.mean, self.lane.done)
+        flight, self.flight = self.flight, None
+        self.taken = list(self.average.receive(flight, self.lane.mean, self.lane.done))
         self.comm.ledger.note("average", self.name)  # while both are held
         self.taken = []
 

@@ -51,8 +51,11 @@ def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
         if grads_of(bucket).flight is not None and grads_of(bucket).average.apart:
             grads_of(bucket).finish()
         squares = grads_of(bucket).average.squares
-        if squares is not None:  # counted on the device, as the gradients left it
-            sums.index_add_(0, bucket.spans[:, 2].to(sums.device), squares)
+        if squares is not None:  # counted as the gradients went by
+            if squares.device.type == "cpu":
+                grads_of(bucket).average.coming.sync()
+            into = sums if squares.device == sums.device else away
+            into.index_add_(0, bucket.spans[:, 2].to(into.device), squares)
             continue
         sources, mean = grads_of(bucket).peek()
         if bucket.spans.numel() and sources:

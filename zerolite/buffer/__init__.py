@@ -4,6 +4,7 @@ Nothing above this package knows streams, events or pinned pages.
 """
 
 from zerolite.buffer.link import Link, Mark, Reached, device_memory, link_for
+from zerolite.buffer.ring import Ring
 from zerolite.buffer.room import Room, zeros
 
-__all__ = ["Link", "Mark", "Reached", "Room", "device_memory", "link_for", "zeros"]
+__all__ = ["Link", "Mark", "Reached", "Ring", "Room", "device_memory", "link_for", "zeros"]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import platform
+import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         self.host = Room(torch.device("cpu"), self._pin)
+        self.near = Room(self.device)
         self._down, self._up, self._aside = (torch.cuda.Stream(self.device) for _ in range(3))
         self._node = _node_of(self.device)
         self._said = False
@@ -74,21 +77,31 @@ class Cuda:
     def aside(self) -> AbstractContextManager:
         return torch.cuda.stream(self._aside)
 
+    def register(self, memory: Tensor) -> None:
+        address = memory.data_ptr()
+        if self._registered(address, memory.numel() * memory.element_size()):
+            weakref.finalize(memory.untyped_storage(), _unpin, torch.cuda.cudart(), address)
+
+    def linked(self, ranks: int) -> bool:
+        count = min(torch.cuda.device_count(), ranks)
+        return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
+
     def _pin(self, region: Mapping) -> None:
+        address = region.address
+        if self._registered(address, len(region)):
+            region.unpin = functools.partial(_unpin, torch.cuda.cudart(), address)
+
+    def _registered(self, address: int, size: int) -> bool:
         """Pins in place, on the GPU's side of the host; pageable memory, said once, where that is refused."""
-        address, size = region.address, len(region)
         if self._node is not None:
             _prefer(address, size, self._node)
         runtime: Any = torch.cuda.cudart()
         try:
             code = int(runtime.cudaHostRegister(address, size, _PORTABLE))
+            reason = f"cudaHostRegister returned {code}"
         except RuntimeError as error:
             code, reason = -1, str(error).splitlines()[0]
-        else:
-            reason = f"cudaHostRegister returned {code}"
-        if code == 0:
-            region.unpin = lambda: _unpin(runtime, address)
-        elif not self._said:
+        if code != 0 and not self._said:
             self._said = True
             log.warning(
                 "zerolite: %d bytes of host memory cannot be pinned (%s); copies between host and GPU are slower and do not "
@@ -96,6 +109,7 @@ class Cuda:
                 size,
                 reason,
             )
+        return code == 0
 
 
 def _unpin(runtime: Any, address: int) -> None:

@@ -48,6 +48,7 @@ class Link(Protocol):
     device: torch.device  # what the model computes on
     separate: bool  # the host's memory is another memory than the device's
     host: Room  # host memory that copies cross
+    near: Room  # the device's memory
 
     def now(self) -> Mark:
         """Everything that this thread has asked of the device so far."""
@@ -59,6 +60,14 @@ class Link(Protocol):
 
     def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copies a host tensor to the device, after `after` and all that this thread has asked of the device."""
+        ...
+
+    def register(self, memory: Tensor) -> None:
+        """Pins memory that is mapped already, for as long as a tensor views it."""
+        ...
+
+    def linked(self, ranks: int) -> bool:
+        """Whether every two of `ranks` devices of this host reach each other without the host."""
         ...
 
     def aside(self) -> AbstractContextManager:
@@ -73,7 +82,7 @@ class Same:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.host = Room(torch.device("cpu"))
+        self.host = self.near = Room(self.device)
 
     def now(self) -> Mark:
         return Reached()
@@ -85,6 +94,12 @@ class Same:
     def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
         out.copy_(source)
         return Reached()
+
+    def register(self, memory: Tensor) -> None:
+        return
+
+    def linked(self, ranks: int) -> bool:
+        return True
 
     def aside(self) -> AbstractContextManager:
         return nullcontext()

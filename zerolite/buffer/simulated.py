@@ -75,6 +75,7 @@ class Simulated:
     def __init__(self, seed: int = 0, most: float = 0.0) -> None:
         self.device = torch.device("cpu")
         self.host = Room(torch.device("cpu"), pin=lambda region: None)
+        self.near = Room(self.device)
         self.copied = {"down": 0, "up": 0}  # bytes
         chance = random.Random(seed)
         lock = threading.Lock()
@@ -106,6 +107,12 @@ class Simulated:
     def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
         self.copied["up"] += source.numel() * source.element_size()
         return self._up.add(lambda: _copy(out, source, after))
+
+    def register(self, memory: Tensor) -> None:
+        return
+
+    def linked(self, ranks: int) -> bool:
+        return True  # ZEROLITE_CONNECT=memory for tests
 
     def aside(self) -> AbstractContextManager:
         return nullcontext()

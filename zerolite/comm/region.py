@@ -46,6 +46,7 @@ class Region:
         self.used = 0  # bytes of this rank's slot that were written: their pages stay
         self.holder = None
         self.segment = Segment(comm.places * self.slot, comm.place, comm.share_here, private=False)
+        comm.pin(self.segment.shared)
 
     def lend(self, lane: SharedLane, dtype: torch.dtype) -> Tensor:
         """This rank's slot, uint8, once every rank has read what it held."""
@@ -57,7 +58,7 @@ class Region:
         start = self.comm.place * self.slot
         if dtype == torch.float32:
             self.wide = True
-        elif self.wide:
+        elif self.wide and not self.comm.pins:  # pinned pages stay
             self.segment.free(start + self.narrow, start + self.slot)
             self.wide = False
             self.used = min(self.used, self.narrow)
@@ -91,14 +92,23 @@ class SharedLane:
         starts = [place * self.region.slot + self.comm.rank * shard for place in range(self.comm.places)]
         return [self.region.segment.shared[start : start + shard].view(dtype) for start in starts]
 
+    def fill(self, full: Tensor) -> Callable[[], None] | None:
+        """Begins to bring `full` to this rank's slot; what waits until it is there, or None: it is the slot."""
+        return None
+
     def exchange(self, full: Tensor, what: str) -> Pending:
+        filled = self.fill(full)
         self.rounds += 1
         self.open = True
         mark = self.rounds * 4 + _CODES[full.dtype]
-        self.posted.raise_to(mark)
+        if filled is None:
+            self.posted.raise_to(mark)
         sources, far = self.comm.across(full, self._slices(full.dtype), what)
 
         def wait() -> None:
+            if filled is not None:
+                filled()
+                self.posted.raise_to(mark)
             if far is not None:
                 far.wait()
             self.posted.wait(mark // 4 * 4, what)
@@ -127,7 +137,7 @@ class SharedLane:
         return [self._own(self.region.used)] if self.region.used else []
 
 
-def shared_lanes(comm: SharedComm, specs: Sequence[LaneSpec]) -> list[Lane]:
+def shared_lanes(comm: SharedComm, specs: Sequence[LaneSpec], make: Callable[..., SharedLane] = SharedLane) -> list[Lane]:
     """Lanes for buckets in the order in which they go out (a collective)."""
     transient = specs[0].transient
     each = 2 * Flags.nbytes(comm.places)
@@ -136,6 +146,6 @@ def shared_lanes(comm: SharedComm, specs: Sequence[LaneSpec]) -> list[Lane]:
     sizes = [(spec.numel, spec.numel * spec.dtype.itemsize) for spec in specs]
     regions = [Region(comm, *(max(column) for column in zip(*sizes[k::count], strict=True))) for k in range(count)]
     return [
-        SharedLane(comm, spec.numel, regions[k % count], flags.shared[k * each : (k + 1) * each], transient)
+        make(comm, spec.numel, regions[k % count], flags.shared[k * each : (k + 1) * each], transient)
         for k, spec in enumerate(specs)
     ]

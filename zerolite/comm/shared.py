@@ -85,6 +85,11 @@ class SharedComm:
     hosts  for each rank, which host it is on
     """
 
+    pins = False  # devices copy from and to what is shared (pinned.py)
+
+    def pin(self, memory: Tensor) -> None:
+        """Makes shared memory ready for a device's copies."""
+
     def __init__(self, group: GroupComm, hosts: Sequence[str]) -> None:
         self.group = group
         self.rank, self.size, self.ledger = group.rank, group.size, group.ledger

@@ -1,0 +1,145 @@
+"""What is asked of a ZeroOptimizer, checked on every rank before anything is changed, and compared over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerolite.bucket import Entry
+from zerolite.buffer import Link, link_for
+from zerolite.comm import Comm
+from zerolite.meta import Recipes
+from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
+from zerolite.placement import Plan, make_plan
+from zerolite.update import Rule, make_rule
+from zerolite.updates import UPDATES
+
+
+@dataclass
+class Checked:
+    """What the checks established, before anything is changed."""
+
+    plan: Plan
+    rule: Rule
+    entries: list[Entry]
+    specs: list[UnitSpec]
+    dtype: torch.dtype | None  # param_dtype
+    classes: Any  # units=, where parameters rest sharded
+    limit: int  # bytes of a bucket
+    device: torch.device
+    link: Link
+    overlap: bool
+    update: str
+
+
+def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm) -> Checked:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+    if hasattr(optimizer, "_built"):
+        raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
+    plan = make_plan(options["stage"], options["offload"], comm.size, options["resident"])
+    dtype = options["param_dtype"]
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
+    if not options["bucket_mb"] > 0:
+        raise ValueError(f"bucket_mb: expected more than 0, got {options['bucket_mb']!r}")
+    if options["update"] not in UPDATES:
+        raise ValueError(f"update: expected one of {', '.join(map(repr, UPDATES))}, got {options['update']!r}")
+    check_model(model)
+    if plan.params.sharded and model is None:
+        raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model).")
+    entries, device = _entries(optimizer, model, plan)
+    if model is not None:
+        Recipes(model).check(model)
+    if plan.params.sharded and model is not None:
+        specs = find_units(model, options["units"])
+    else:
+        specs = [UnitSpec("bucket", None, [(e.name, e.param) for e in entries])]
+    if dtype is not None:
+        for entry in entries:
+            if torch.finfo(entry.param.dtype).bits < torch.finfo(dtype).bits or (
+                entry.param.dtype != dtype and entry.param.dtype != torch.float32
+            ):
+                raise ValueError(
+                    f"parameter '{entry.name}': param_dtype={dtype} expects float32 parameters (or its own dtype), got "
+                    f"{entry.param.dtype}."
+                )
+    limit = max(int(options["bucket_mb"] * 2**20), 1)
+    classes = options["units"] if plan.params.sharded else None
+    rule = make_rule(optimizer, options["moments"])
+    if options["update"] == "stream" and not rule.threaded:
+        raise ValueError(
+            f"update='stream': expected torch.optim.Adam or AdamW without amsgrad, got {type(optimizer).__name__}, whose step "
+            "runs on the host. Use update='auto'."
+        )
+    return Checked(
+        plan, rule, entries, specs, dtype, classes, limit, device, link_for(device), options["overlap"], options["update"]
+    )
+
+
+def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Plan) -> tuple[list[Entry], torch.device]:
+    names = names_of(model, optimizer.param_groups)
+    groups: dict[nn.Parameter, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p in groups:
+                raise ValueError(f"parameter '{names[p]}': expected once in the optimizer's param groups, got it twice.")
+            groups[p] = group
+    if not any(p.requires_grad for p in groups):
+        raise ValueError("optimizer: expected at least one parameter that requires a gradient, got none.")
+    default = torch.get_default_device()  # of a model on the meta device: where it would have been built
+    device = next((p.device for p in groups if not p.is_meta), default if default.type == "cuda" else torch.device("cpu"))
+    owned = set(model.parameters()) if model is not None else set()
+    wanted = list(groups)
+    if plan.params.sharded and model is not None:
+        for p in groups:
+            if p not in owned:
+                raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
+        wanted = list(model.parameters())
+    for p in wanted:
+        check_parameter(names[p], p, device, model is not None and p in owned)
+        if p not in groups and p.requires_grad:
+            raise ValueError(
+                f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
+                "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
+            )
+    entries = [Entry(names[p], p, groups.get(p)) for p in wanted]
+    for index, entry in enumerate(entries):
+        entry.index = index
+    return entries, device
+
+
+def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]) -> list[str]:
+    """One line for each thing that ranks must agree on, the most telling first."""
+    lines = [f"torch {torch.__version__}", f"optimizer {type(optimizer).__name__}"]
+    shown = {**options, "units": sorted(c.__qualname__ for c in options["units"]) if options["units"] else None}
+    lines += [f"option {name}={value!r}" for name, value in shown.items()]
+    lines.append(f"{len(checked.entries)} parameters")
+    for entry in checked.entries:
+        p = entry.param
+        lines.append(f"parameter '{entry.name}' {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}")
+    for number, group in enumerate(optimizer.param_groups):
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lines.append(f"group {number}: {len(group['params'])} parameters, {values}")
+    for name, buffer in model.named_buffers() if model is not None else []:
+        lines.append(f"buffer '{name}' {tuple(buffer.shape)} {buffer.dtype}")
+    return lines
+
+
+def compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
+    for rank, (failed, lines) in enumerate(shared):
+        if failed:
+            raise RuntimeError(f"rank {rank} could not build its ZeroOptimizer: {lines[0]}")
+    first = shared[0][1]
+    for rank, (_, lines) in enumerate(shared):
+        if lines == first:
+            continue
+        for ours, theirs in zip(first, lines, strict=False):
+            if ours != theirs:
+                raise ValueError(
+                    f"ranks differ: expected on every rank, as on rank 0, [{ours}], got on rank {rank} [{theirs}]."
+                )
+        raise ValueError(f"ranks differ: rank 0 describes {len(first)} things, rank {rank} {len(lines)}.")

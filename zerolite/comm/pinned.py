@@ -1,0 +1,108 @@
+"""Devices of one host that no fast link connects: everything passes through host memory that their ranks share.
+
+    gradients   each device copies its rounds into its rank's slot; the owner of a shard averages the N slices on the host
+    parameters  the updated halves of all ranks are one tensor, and each device copies all of it up
+
+So each device's bus carries its gradients down and its parameters up once, where a process group would move both through
+the host as well and then the rest beside. Small control data uses the process group.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer import Link, Ring
+from zerolite.comm import Comm
+from zerolite.comm.flags import Flags
+from zerolite.comm.group import GroupComm
+from zerolite.comm.lane import Lane, LaneSpec
+from zerolite.comm.region import SharedLane, shared_lanes
+from zerolite.comm.segment import PAGE, Segment
+from zerolite.comm.shared import SharedComm
+
+
+class Pool:
+    """The compute-dtype parameters of a bucket's owners, once for all ranks of the host, in memory that devices copy from."""
+
+    def __init__(self, comm: PinnedComm, numel: int, dtype: torch.dtype) -> None:
+        size = numel * dtype.itemsize
+        tail = -(-size // PAGE) * PAGE
+        self.segment = Segment(tail + Flags.nbytes(comm.places), comm.place, comm.share_here, private=False)
+        comm.pin(self.segment.shared)
+        self.shared = self.segment.shared[:size].view(dtype)
+        self.updated = Flags(comm, self.segment.shared[tail : tail + Flags.nbytes(comm.places)])
+        self.updates = 0
+
+    def publish(self, what: str) -> None:
+        """This rank has written its shard; returns when every rank has."""
+        self.updates += 1
+        self.updated.raise_to(self.updates)
+        self.updated.wait(self.updates, what)
+
+
+class PinnedLane(SharedLane):
+    """A bucket's rounds, packed on the device and copied into this rank's slot."""
+
+    def __init__(self, comm: PinnedComm, *args: object, ring: Ring) -> None:
+        super().__init__(comm, *args)  # type: ignore[arg-type]
+        self.link = comm.link
+        self.ring = ring
+        self.turn = 0
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        self.turn, full = self.ring.lend(self.numel, dtype)
+        self.ring.used[self.turn].wait()
+        return full
+
+    def fill(self, full: Tensor) -> Callable[[], None]:
+        slot = super().take(full.dtype)
+        copied = self.ring.used[self.turn] = self.link.down(slot, full)
+        return copied.sync
+
+
+class PinnedComm(SharedComm):
+    """The Comm of ranks of one host, a device each."""
+
+    pins = True
+
+    def __init__(self, group: GroupComm, hosts: Sequence[str], link: Link) -> None:
+        self.link = link
+        super().__init__(group, hosts)
+
+    def pin(self, memory: Tensor) -> None:
+        self.link.register(memory)
+
+    def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
+        ring = Ring(self.link.near)
+        return shared_lanes(self, specs, functools.partial(PinnedLane, ring=ring)) if specs else []
+
+    def pool(self, numel: int, dtype: torch.dtype) -> Pool:
+        """Memory for one bucket's parameters (a collective)."""
+        return Pool(self, numel, dtype)
+
+    def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
+        return None
+
+
+def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
+    """Shared pinned memory where all ranks are processes of one host whose devices no fast link connects (a collective).
+
+    ZEROLITE_CONNECT=memory|group decides instead. Raises ValueError for anything else.
+    """
+    wish = os.environ.get("ZEROLITE_CONNECT", "auto")
+    if wish not in ("auto", "memory", "group"):
+        raise ValueError(f"ZEROLITE_CONNECT: expected 'auto', 'memory' or 'group', got {wish!r}")
+    names = {host for host, _ in hosts}
+    if not isinstance(comm, GroupComm) or comm.size == 1 or len(names) > 1 or len(set(hosts)) < len(hosts) or wish == "group":
+        return comm
+    linked = comm.share((wish, link.linked(comm.size)), "set-up devices")
+    if any(other != wish for other, _ in linked):
+        raise ValueError(f"ZEROLITE_CONNECT: expected the same on every rank, got {[other for other, _ in linked]}")
+    if wish == "auto" and all(fast for _, fast in linked):
+        return comm
+    return PinnedComm(comm, [host for host, _ in hosts], link)

@@ -1,0 +1,60 @@
+"""What writes a bucket's master: an update, and a script that wrote to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zerolite.buffer import Mark
+from zerolite.dtypes import bits_dtype
+from zerolite.update import Work
+
+if TYPE_CHECKING:
+    from zerolite.bucket import Bucket
+
+
+@dataclass
+class Pass:
+    """One update of a bucket, ready to run once."""
+
+    bucket: Bucket
+    work: Work
+    sources: list[Tensor]
+    mean: float
+    coming: Mark  # the sources are there
+
+    def __call__(self) -> None:
+        self.coming.sync()
+        self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
+
+
+def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
+    """Takes what was written to the parameters in `slots` into `mine` and the master; whether anything was new.
+
+    before  what `mine` held, where it is a view of `full` and so cannot tell; without it all of a written parameter is new
+    """
+    # is `mine` no view of `full`?
+    apart = bucket.plan.params.sharded or bucket.home is not None or bucket.mine is not bucket.own
+    start = bucket.span[0]
+    found = not apart
+    for piece in bucket.pieces:
+        if piece.slot not in slots:
+            continue
+        part = slice(piece.offset, piece.offset + piece.stop - piece.start)
+        at = bucket.layout.slots[piece.slot].offset + piece.start
+        assert piece.offset == at - start
+        new = bucket.full[at : at + piece.stop - piece.start].to(bucket.mine.device)
+        changed = torch.ones_like(new, dtype=torch.bool)
+        if apart or before is not None:
+            old = bucket.mine if before is None else before
+            changed = new.view(bits_dtype(new.dtype)) != old[part].view(bits_dtype(new.dtype))
+            bucket.mine[part] = new
+            found = found or bool(changed.any())
+        if bucket.rest.numel():
+            fresh = torch.zeros_like(bucket.rest[part]) if bucket.rest.dtype == torch.int16 else new.float()
+            bucket.rest[part] = torch.where(changed, fresh, bucket.rest[part])
+    return found
