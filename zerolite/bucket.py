@@ -42,6 +42,23 @@ from zerolite.update import Rule, State, Target
 class Entry:
     """One parameter, as zerolite knows it."""
 
+    __slots__ = (
+        "__weakref__",
+        "bucket",
+        "consumed",
+        "factor",
+        "group",
+        "handle",
+        "index",
+        "live",
+        "name",
+        "param",
+        "slot",
+        "steps",
+        "task",
+        "version",
+    )
+
     def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
         self.name = name
         self.param = param
@@ -245,6 +262,9 @@ class Bucket:
             places = [base + slot.offset * width if slot.numel else 0 for slot in self.layout.slots]
         else:
             places = self.blank_places
+        params = [entry.param for entry in self.entries]
+        if list(map(Tensor.data_ptr, params)) == places and all(p.dtype is dtype for p in params):
+            return []
         return [
             entry
             for entry, place in zip(self.entries, places, strict=True)
@@ -260,7 +280,7 @@ class Bucket:
 
         everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
         """
-        slots = list(range(len(self.entries))) if everywhere else self.written()
+        slots = list(range(len(self.entries))) if everywhere else [] if self.home is not None else self.written()
         separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
         if self.home is not None:
             self.stale = self.stale or self.home.dirty()

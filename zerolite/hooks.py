@@ -35,8 +35,7 @@ class Hooks:
         owner, call, weak = weakref.ref(arrive.__self__), arrive.__func__, weakref.ref(entry)  # type: ignore[attr-defined]
 
         def hook(param: Tensor) -> None:
-            grads, target = owner(), weak()
-            if grads is not None and target is not None:
+            if (grads := owner()) is not None and (target := weak()) is not None:
                 call(grads, target, param)
 
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
