@@ -42,23 +42,6 @@ from zerolite.update import Rule, State, Target
 class Entry:
     """One parameter, as zerolite knows it."""
 
-    __slots__ = (
-        "__weakref__",
-        "bucket",
-        "consumed",
-        "factor",
-        "group",
-        "handle",
-        "index",
-        "live",
-        "name",
-        "param",
-        "slot",
-        "steps",
-        "task",
-        "version",
-    )
-
     def __init__(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> None:
         self.name = name
         self.param = param
