@@ -48,6 +48,7 @@ class Grads:
         self._norms: tuple[int, dict[float, list[float]]] = (-1, {})
         self._params: list[Tensor] = []  # of `entries`, and what p.grad holds where nothing was assigned or dropped
         self._handles: list[Tensor | None] = []
+        self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -210,6 +211,7 @@ class Grads:
     def settle_step(self) -> list[bool]:
         """What takes part in the step, the same on every rank (a collective); see Reducer.agree for what raises."""
         present, replaced = self.scan()
+        self._ours = present
         present = self.reducer.agree(self.entries, present, replaced)
         late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
         if late:
@@ -232,9 +234,8 @@ class Grads:
 
     def use_up(self) -> None:
         """A step has used the gradients; handles stay in p.grad until zero_grad."""
-        used = self._handles if self._untouched() else list(map(_grad, self._params))
-        for entry, grad in zip(self.entries, used, strict=True):
-            if grad is not None:
+        for entry, had in zip(self.entries, self._ours, strict=True):
+            if had:
                 entry.consumed = True
             entry.live, entry.factor = False, 1.0
         self.reducer.reset()
