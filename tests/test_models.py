@@ -14,16 +14,16 @@ from zerolite.comm.local import LocalComm
 transformers = pytest.importorskip("transformers")
 
 
-def gpt2():
+def gpt2(layers=3):
     config = transformers.GPT2Config(
-        n_layer=3, n_embd=24, n_head=2, vocab_size=97, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        n_layer=layers, n_embd=24, n_head=2, vocab_size=97, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama():
+def llama(layers=3):
     config = transformers.LlamaConfig(
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         hidden_size=24,
         intermediate_size=40,
         num_attention_heads=2,
@@ -174,3 +174,25 @@ def test_hooks_can_be_removed():
     optimizer.remove_hooks()
     loss_of(model, tokens_for(0, 0, 0)).backward()
     assert type(model.norm.weight.grad) is torch.Tensor
+
+
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_a_cache_does_not_keep_blocks_whole(make_model):
+    """A key cache, which training has by default, hands every block the keys of the blocks before it."""
+    model = seeded(lambda: make_model(6))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3, process_group=LocalComm())
+    tokens = torch.randint(0, 97, (2, 8))
+    counts: list[int] = []
+
+    def count(event, name):
+        units = {bucket.name.rsplit(" ", 1)[0] for bucket in optimizer._parts.buckets if bucket.whole}
+        counts.append(len(units - {"root"}))
+
+    for _ in range(2):  # the first forward teaches the order
+        loss = model(input_ids=tokens, labels=tokens, use_cache=True).loss
+        optimizer._parts.comm.ledger.listener = count
+        loss.backward()
+        optimizer._parts.comm.ledger.listener = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(counts) == 3  # of six: the block that is left, the one in use and the one that is prefetched

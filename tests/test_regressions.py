@@ -141,7 +141,7 @@ def test_editing_p_grad_inside_of_backward():
         model = seeded(lambda: nn.Linear(8, 1, bias=False))
         if before:
             model.weight.register_post_accumulate_grad_hook(edit)
-        sgd(model, 2)
+        optimizer = sgd(model, 2)  # kept: hooks refer weakly, and a collected optimizer takes no gradient
         if not before:
             model.weight.register_post_accumulate_grad_hook(edit)
         plain = seeded(lambda: nn.Linear(8, 1, bias=False))
@@ -150,6 +150,7 @@ def test_editing_p_grad_inside_of_backward():
             assert norm(model, x, 1) == pytest.approx(norm(plain, x, 1), rel=1e-6)
         with pytest.raises(NotImplementedError, match=r"by a hook"):
             norm(model, x, 1)
+        del optimizer
 
 
 class Counting(torch.optim.Optimizer):

@@ -309,6 +309,9 @@ class Bucket:
             places = [base + slot.offset * width if slot.numel else 0 for slot in self.layout.slots]
         else:
             places = self.blank_places
+        params = [entry.param for entry in self.entries]
+        if list(map(Tensor.data_ptr, params)) == places and all(p.dtype is dtype for p in params):
+            return []
         return [
             entry
             for entry, place in zip(self.entries, places, strict=True)

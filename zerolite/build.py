@@ -184,7 +184,7 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer, staging)
     built: Built
     schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
-    on_collected: Callable[[Entry], None] = lambda entry: None  # noqa: E731
+    on_collected: Callable[[Entry], None] | None = None
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from zerolite.bucket import Entry
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
 from zerolite.reducer import Reducer, grads_of
+
+_task = torch._C._current_graph_task_id
+_strided = torch.strided
+_grad = attrgetter("grad")
+_consumed = attrgetter("consumed")
 
 
 class Grads:
@@ -23,14 +29,14 @@ class Grads:
 
     reducer: Reducer
     entries: list[Entry]
-    on_collected: Callable[[Entry], None]
+    on_collected: Callable[[Entry], None] | None
     adopt: Callable[[list[Entry]], None]  # gives states and handles to parameters that had none
 
     def __init__(
         self,
         reducer: Reducer,
         entries: list[Entry],
-        on_collected: Callable[[Entry], None],
+        on_collected: Callable[[Entry], None] | None,
         adopt: Callable[[list[Entry]], None],
     ) -> None:
         self.reducer = reducer
@@ -40,6 +46,9 @@ class Grads:
         reducer.at_start.append(self.fold)
         reducer.at_end.append(self.complete)
         self._norms: tuple[int, dict[float, list[float]]] = (-1, {})
+        self._params: list[Tensor] = []  # of `entries`, and what p.grad holds where nothing was assigned or dropped
+        self._handles: list[Tensor | None] = []
+        self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -48,6 +57,19 @@ class Grads:
             dtype = torch.float32
             entry.param.grad_dtype = None
         entry.handle = LazyGrad(entry, self, dtype)
+        self._sync()
+        self._handles[entry.index] = entry.handle
+
+    def _sync(self) -> None:
+        """`_params` and `_handles` follow `entries`, which may have grown."""
+        for entry in self.entries[len(self._params) :]:
+            self._params.append(entry.param)
+            self._handles.append(entry.handle)
+
+    def _untouched(self) -> bool:
+        """Whether every p.grad is its own handle (None where there is none); loops in C, for many small parameters."""
+        self._sync()
+        return all(map(is_, map(_grad, self._params), self._handles))
 
     # ---- backward
 
@@ -67,7 +89,7 @@ class Grads:
         """
         if not self.reducer.sync:
             return
-        ours = [entry.param.grad is not None for entry in self.entries]
+        ours = [grad is not None for grad in (self._handles if self._untouched() else map(_grad, self._params))]
         present = self.reducer.union(ours, "step backward")
         late = [e for e in self.entries if e.handle is None and present[e.index]]
         if late:
@@ -85,7 +107,22 @@ class Grads:
     def arrive(self, entry: Entry, param: Tensor) -> None:
         """Autograd has written p.grad, or added to the handle in it."""
         grad = param.grad
-        entry.task = torch._C._current_graph_task_id()
+        entry.task = _task()
+        if type(grad) is Tensor and not entry.live:  # once a parameter and step: kept short
+            entry.consumed, entry.factor = False, 1.0
+        else:
+            grad = self._again(entry, grad)
+        if grad is None:
+            return
+        if grad.requires_grad or grad.layout is not _strided:
+            raise _unfit(entry, grad)
+        self.reducer.collect(entry, grad)
+        param.grad = entry.handle
+        if self.on_collected is not None:
+            self.on_collected(entry)
+
+    def _again(self, entry: Entry, grad: Tensor | None) -> Tensor | None:
+        """What autograd has added, where p.grad held something, or what was collected before was taken out of it."""
         if isinstance(grad, LazyGrad):
             if grad is not entry.handle:
                 raise RuntimeError(_foreign(entry))
@@ -101,18 +138,7 @@ class Grads:
             if entry.live:
                 self.drop(entry)  # p.grad was set to None in between (model.zero_grad())
             entry.factor, entry.consumed = 1.0, False
-        if grad is None:
-            return
-        if grad.requires_grad:
-            raise NotImplementedError(
-                f"parameter '{entry.name}': expected a gradient without a graph, got one from backward(create_graph=True). "
-                "Use torch.autograd.grad(..., create_graph=True) for the inner derivative."
-            )
-        if grad.layout != torch.strided:
-            raise ValueError(f"parameter '{entry.name}': expected a dense gradient, got layout {grad.layout}.")
-        self.reducer.collect(entry, grad)
-        param.grad = entry.handle
-        self.on_collected(entry)
+        return grad
 
     # ---- what handles ask (lazy_grad.Source)
 
@@ -160,6 +186,8 @@ class Grads:
 
     def scan(self) -> tuple[list[bool], list[int]]:
         """Which parameters have a gradient, and which were assigned or set to None since backward; takes the former."""
+        if self._untouched() and not any(map(_consumed, self.entries)):
+            return [handle is not None for handle in self._handles], []
         present: list[bool] = []
         replaced: list[int] = []
         for entry in self.entries:
@@ -185,6 +213,7 @@ class Grads:
     def settle_step(self) -> list[bool]:
         """What takes part in the step, the same on every rank (a collective); see Reducer.agree for what raises."""
         present, replaced = self.scan()
+        self._ours = present
         present = self.reducer.agree(self.entries, present, replaced)
         late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
         if late:
@@ -207,8 +236,8 @@ class Grads:
 
     def use_up(self) -> None:
         """A step has used the gradients; handles stay in p.grad until zero_grad."""
-        for entry in self.entries:
-            if entry.param.grad is not None:
+        for entry, had in zip(self.entries, self._ours, strict=True):
+            if had:
                 entry.consumed = True
             entry.live, entry.factor = False, 1.0
         self.reducer.reset()
@@ -220,7 +249,7 @@ class Grads:
             p = entry.param
             if set_to_none:
                 p.grad = None
-            if entry.handle is not None and sys.getrefcount(entry.handle) > 2:
+            if entry.handle is not None and sys.getrefcount(entry.handle) > 3:  # ours: entry, `_handles`, the call
                 self.make_handle(entry)  # someone kept the old one: it stands for the old gradient
             entry.consumed, entry.factor = False, 1.0
             entry.live = False
@@ -231,6 +260,15 @@ class Grads:
                 p.grad = entry.handle
             elif p.grad is not None:
                 p.grad.detach_().zero_()
+
+
+def _unfit(entry: Entry, grad: Tensor) -> Exception:
+    if grad.requires_grad:
+        return NotImplementedError(
+            f"parameter '{entry.name}': expected a gradient without a graph, got one from backward(create_graph=True). "
+            "Use torch.autograd.grad(..., create_graph=True) for the inner derivative."
+        )
+    return ValueError(f"parameter '{entry.name}': expected a dense gradient, got layout {grad.layout}.")
 
 
 def _foreign(entry: Entry) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ class Hooks:
         owner, call, weak = weakref.ref(arrive.__self__), arrive.__func__, weakref.ref(entry)  # type: ignore[attr-defined]
 
         def hook(param: Tensor) -> None:
-            grads, target = owner(), weak()
-            if grads is not None and target is not None:
+            if (grads := owner()) is not None and (target := weak()) is not None:
                 call(grads, target, param)
 
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
@@ -70,7 +69,7 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             schedule.enter(unit)
             if not unit.reached:  # a recomputation needs no hooks, and may stop early, without `after`
-                unit.calls.append([t for t in tensors_in((args, kwargs)) if t.grad_fn is not None])
+                unit.calls.append([t for t in tensors_in((args, kwargs)) if t.requires_grad and t.grad_fn is not None])
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if unit.reached:
@@ -84,14 +83,17 @@ class Hooks:
 
     def on_backward(self, unit: Unit, schedule: Schedule, output: Any, inputs: list[Tensor]) -> None:
         """One call of a unit in the backward (these hooks go with the graph)."""
-        outputs = [t for t in tensors_in(output) if t.grad_fn is not None] if torch.is_grad_enabled() else []
+        if not torch.is_grad_enabled():
+            return
+        outputs = [t for t in tensors_in(output) if t.requires_grad and t.grad_fn is not None]
+        inputs = used(outputs, inputs) if outputs else []
         call = _Call(unit, schedule, len(inputs))
         for tensor in outputs:
             tensor.register_hook(call.reach)
             base = tensor._base if tensor._is_view() else None
             if base is not None and base.grad_fn is not None:  # a later in-place write gives the view another node
                 base.grad_fn.register_prehook(call.reach)
-        for tensor in inputs if outputs else []:
+        for tensor in inputs:
             tensor.register_hook(call.passed)
 
     def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
@@ -143,21 +145,56 @@ class _Call:
             self.schedule.passed(self.unit)
 
 
-def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
+_PLAIN = frozenset((type(None), str, bytes, int, float, bool, torch.dtype, torch.device, torch.Size))
+
+
+def tensors_in(value: Any, depth: int = 6, found: list[Tensor] | None = None) -> list[Tensor]:
     """Tensors in nested tuples, lists, dicts, dataclasses and plain objects, in a fixed order."""
+    found = [] if found is None else found
     if isinstance(value, Tensor):
-        yield value
-    elif depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
-        return
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None), depth - 1)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            yield from tensors_in(item, depth - 1)
+        found.append(value)
+    elif depth == 0 or type(value) in _PLAIN or isinstance(value, (str, bytes, int, float, nn.Module)):
+        return found
+    else:
+        for item in _items(value):
+            if type(item) not in _PLAIN:  # most of what caches and configurations hold
+                tensors_in(item, depth - 1, found)
+    return found
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return vars(value).values() if hasattr(value, "__dict__") else ()
+
+
+_FAR = 2000  # nodes of the graph that are looked at for one call of a unit
+
+
+def used(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The inputs that outputs were computed from, as far as the graph says within _FAR nodes, else all.
+
+    A cache that is handed from block to block holds the keys of every earlier block. Their gradients come long after this
+    block's own, and waiting for them would keep each block whole until the end of the backward.
+    """
+    if len(inputs) < 2:
+        return inputs
+    wanted = {tensor.grad_fn for tensor in inputs}
+    seen = {tensor.grad_fn for tensor in outputs}
+    todo, reached = list(seen), seen & wanted
+    todo = [node for node in todo if node not in wanted]
+    while todo and len(reached) < len(wanted):
+        if len(seen) > _FAR:
+            return inputs
+        for node, _ in todo.pop().next_functions:  # type: ignore[union-attr]
+            if node is not None and node not in seen:
+                seen.add(node)
+                if node in wanted:
+                    reached.add(node)
+                else:
+                    todo.append(node)
+    return [tensor for tensor in inputs if tensor.grad_fn in reached]

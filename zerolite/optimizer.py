@@ -340,13 +340,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 
 def _targets(bucket: Bucket, present: list[bool]) -> list[Target]:
-    """What a step updates in the range that this rank updates."""
-    targets = []
+    """What a step updates in the range that this rank updates; neighbours that are updated alike in one target, where
+    the rule needs no parameter for itself (10,000 small parameters make one target)."""
+    assert bucket.state is not None
+    targets: list[Target] = []
+    merge, entries, last = bucket.state.counted, bucket.entries, -2
+    group, steps, factor = None, -1, 1.0  # of the run of neighbours that begins with piece `first`
+    first = start = end = 0
     for number, piece in enumerate(bucket.pieces):
-        entry = bucket.entries[piece.slot]
-        if present[entry.index] and entry.group is not None:
-            stop = piece.offset + piece.stop - piece.start
-            targets.append(Target(number, piece.offset, stop, entry.group, entry.steps + 1, entry.factor))
+        entry = entries[piece.slot]
+        if entry.group is None or not present[entry.index]:
+            continue
+        stop = piece.offset + piece.stop - piece.start
+        alike = entry.group is group and entry.steps == steps and entry.factor == factor
+        if merge and alike and number == last + 1:
+            end = stop
+        else:
+            if group is not None:
+                targets.append(Target(first, start, end, group, steps + 1, factor))
+            first, start, end = number, piece.offset, stop
+            group, steps, factor = entry.group, entry.steps, entry.factor
+        last = number
+    if group is not None:
+        targets.append(Target(first, start, end, group, steps + 1, factor))
     return targets
 
 

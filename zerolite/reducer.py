@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from zerolite.comm.ledger import RankError
 from zerolite.gradient import Gradients
 from zerolite.kernels import exceeds_
 from zerolite.placement import Plan
+
+_trained = attrgetter("param.requires_grad")
 
 
 class Reducer:
@@ -74,7 +77,7 @@ class Reducer:
         if self.sync and self.local:
             self._widen()
         for bucket in self.order:
-            grads_of(bucket).expected = sum(entry.param.requires_grad for entry in bucket.entries)
+            grads_of(bucket).expected = sum(map(_trained, bucket.entries))
         self.active = True
         self.next = 0
         self.comm.ledger.note("backward", "begin")
@@ -93,9 +96,10 @@ class Reducer:
             grads.hold(entry.slot, grad)
             return
         self.open = True
-        if entry.slot in grads.arrived or entry.slot in grads.packed:
+        slot = entry.slot
+        if slot in grads.arrived or slot in grads.packed:
             grads.start()
-        if grads.put(entry.slot, grad) and self.plan.grads.sharded:
+        if grads.put(slot, grad) and self.plan.grads.sharded:
             self._advance()
 
     def _advance(self) -> None:

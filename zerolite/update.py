@@ -22,7 +22,8 @@ from zerolite.moments import MOMENTS, Moments
 
 
 class Target(NamedTuple):
-    """One piece to update: its position in `pieces`, the element range, and what scales it."""
+    """What to update: the position in `pieces`, the element range, and what scales it. Where the caller counts updates
+    (State.counted), a target may go on over the neighbours that follow in `pieces`, padding between them included."""
 
     piece: int
     start: int
