@@ -19,6 +19,7 @@ from torch import nn
 
 import zerolite
 from zerolite import kernels
+from zerolite.buffer import Room
 from zerolite.comm.local import LocalComm
 from zerolite.kernels import codec, reference
 from zerolite.moments import MOMENTS, ByteMoments
@@ -346,7 +347,7 @@ def test_moments_of_other_optimizers_are_refused():
 
 
 def test_a_piece_keeps_its_neighbours_groups():
-    moments = ByteMoments(192, torch.device("cpu"))
+    moments = ByteMoments(192, Room(torch.device("cpu")))
     first, second = slice(0, 70), slice(128, 192)
     moments.write(second, torch.full((64,), 3.0), torch.full((64,), 4.0))
     moments.write(first, torch.full((70,), -1e-9), torch.full((70,), 1e-16))

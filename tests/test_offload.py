@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
-from ranks import on_processes, on_threads
+from ranks import on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
@@ -490,3 +490,53 @@ def test_a_compiled_model_waits_in_step_and_gives_the_same_bits(device, caplog):
     assert equal(got, expected) and not optimizer._built.updates.overlap
     assert sum("torch.compile" in record.message for record in caplog.records) == 1
     torch._dynamo.reset()
+
+
+# ---- devices that no fast link connects
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "stage,offload,micro", [(0, "states", 1), (1, "states", 3), (2, "states", 1), (3, "states", 2), (3, "all", 1)]
+)
+def test_same_bits_through_shared_pinned_memory(world, stage, offload, micro):
+    run = Run(stage=stage, dtype=torch.bfloat16, micro=micro, clip=0.5, bucket_mb=2e-3, no_sync=micro == 3)
+    expected = on_processes(world, _train_group, run, env={"ZEROLITE_SHARED": "0"})
+    env = {"ZEROLITE_SIMULATE": "3:2", "ZEROLITE_DEBUG": "poison", "ZEROLITE_CONNECT": "memory"}
+    found = on_processes(world, _train_pinned, replace(run, offload=offload), env=env)
+    assert equal([result for result, _ in found], expected)
+    assert all(connected for _, connected in found)
+
+
+def _train_pinned(rank, run):
+    model, optimizer = make(run, None)
+    connected = type(optimizer._built.comm).__name__ == "PinnedComm"
+    optimizer.remove_hooks()
+    return train(None, rank, run), connected
+
+
+def test_ranks_are_asked_how_devices_are_connected(monkeypatch):
+    monkeypatch.setenv("ZEROLITE_SIMULATE", "0")
+    monkeypatch.setenv("ZEROLITE_CONNECT", "wire")
+    with pytest.raises(ValueError, match="ZEROLITE_CONNECT: expected 'auto', 'memory' or 'group', got 'wire'"):
+        make(Run(offload="states"), LocalComm())
+
+
+def _die(rank):
+    model, optimizer = make(Run(stage=2, offload="states", bucket_mb=2e-3), None)
+    for step in range(3):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        if rank == 1 and step == 1:
+            os._exit(3)
+        optimizer.step()
+        optimizer.zero_grad()
+    return "trained"
+
+
+@pytest.mark.parametrize("connect", ["memory", "group"])
+def test_a_rank_that_dies_is_an_error_on_the_others(connect):
+    env = {"ZEROLITE_SIMULATE": "1:1", "ZEROLITE_CONNECT": connect}
+    start = time.monotonic()
+    first, second = outcomes(2, _die, timeout=20, env=env)
+    assert second == ("died", 3) and first[0] == "error" and first[1][0] == "RankError", first
+    assert time.monotonic() - start < 60

@@ -244,12 +244,12 @@ class Plan:
     def _at_the_step(self, buckets: Sequence[int]) -> int:
         """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""
         whole = 0
+        if self.alone:  # the average is the gradient itself
+            return 0
         if not self.states.sharded:
             widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in self.trained]
             whole = _top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
-            whole += 0 if self.alone else whole // self.size
-        if self.alone:
-            return whole
+            whole += whole // self.size
         if self.setting.shared:
             return max(self._far(buckets), whole)
         kept = self.setting.clip or self.setting.micro_batches > 1  # all rounds go out before one is averaged

@@ -22,7 +22,8 @@ class Failure:
     def check(self) -> None:
         """Raises RuntimeError where a job failed."""
         if self.error is not None:
-            raise RuntimeError(
+            kind = type(self.error) if isinstance(self.error, RuntimeError) else RuntimeError  # a lost rank stays one
+            raise kind(
                 f"an offloaded update failed beside the training loop ({type(self.error).__name__}: {self.error}). Parameters "
                 "and states may be updated in part: restart from a checkpoint."
             ) from self.error
