@@ -509,7 +509,7 @@ def test_same_bits_through_shared_pinned_memory(world, stage, offload, micro):
 
 
 def _train_pinned(rank, run):
-    model, optimizer = make(run, None)
+    _, optimizer = make(run, None)
     connected = type(optimizer._built.comm).__name__ == "PinnedComm"
     optimizer.remove_hooks()
     return train(None, rank, run), connected
