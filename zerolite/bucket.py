@@ -255,10 +255,11 @@ class Bucket:
         """Slots whose parameter was written in place by someone else since our last write."""
         return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
 
-    def keep_writes(self, quiet: bool = False, everywhere: bool = False) -> None:
+    def keep_writes(self, quiet: bool = False, everywhere: bool = False, before: Tensor | None = None) -> None:
         """Adopts values that someone else wrote to the parameters: the master becomes the new value.
 
         everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
+        before      what `mine` held, where it is a view of `full` and so cannot tell
         """
         slots = list(range(len(self.entries))) if everywhere else self.written()
         separate = self.plan.params.sharded or self.home is not None  # `mine` is not a view of `full`
@@ -279,8 +280,9 @@ class Bucket:
             assert piece.offset == at - start
             new = self.full[at : at + piece.stop - piece.start]
             changed = torch.ones_like(new, dtype=torch.bool)
-            if separate:
-                changed = new.view(bits_dtype(new.dtype)) != self.mine[part].view(bits_dtype(new.dtype))
+            if separate or before is not None:
+                old = self.mine if before is None else before
+                changed = new.view(bits_dtype(new.dtype)) != old[part].view(bits_dtype(new.dtype))
                 self.mine[part] = new
                 found = found or bool(changed.any())
             if self.rest.numel():
