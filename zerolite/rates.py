@@ -30,7 +30,7 @@ from zerolite.version import __version__
 ELEMENTS = 8 << 20  # of a measurement: 112 MiB do not fit in most caches
 BUSY = 0.5  # load a core from which a measurement is not trusted
 TRIES = 8  # a machine that is always busy is measured so often, and then believed
-_MARKS = {"load": 0.0, "tries": TRIES}  # of a cache file beside the rates; a file without them is believed
+_MARKS = {"load": BUSY, "tries": 0}  # of a cache file beside the rates; without them it is measured again
 _STEP = (1.0, 0.0, 0.999, 0.1, 0.999, 0.001, 1e-8, 1e-3, 1.0)  # kernels.MOMENT_ROW: an ordinary step of AdamW
 
 
