@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from zerolite.backward import Most, Trip, most
 from zerolite.layout import ALIGN, Layout
 
 STAGES = (0, 1, 2, 3)
@@ -53,6 +54,7 @@ class Row(NamedTuple):
     widths: Widths
     trained: bool
     unit: int = 0  # which unit it belongs to, 0: the root
+    early: int = 0  # elements of the root that are listed after the first unit's, so that their gradients come first
 
     @property
     def full(self) -> int:
@@ -105,7 +107,7 @@ class Plan:
         """Bytes of one rank that "params", "grads" (after backward, before step) or "states" hold at rest."""
         total = 0
         placement: Placement = getattr(self, term)
-        for layout, width, trained, _ in self.rows:
+        for layout, width, trained, *_ in self.rows:
             elements = layout.shard if placement.sharded else layout.numel
             if term == "params":
                 total += elements * width.param
@@ -163,9 +165,12 @@ class Plan:
         if self.grads.sharded:
             yield from self._in_flight(buckets)
         else:
+            # as autograd gave them, beside the packed copy that rests; all copies stay from step to step in shared memory
+            filling = _top(buckets) if self.setting.shared else _top(buckets[-1:])
+            yield self._term("buckets in flight", "backward", "device", filling)
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
         if self.params.sharded and not self._home:
-            yield self._term("units in use", "backward", "device", sum(self._units()))
+            yield self._term("units in use", "backward", "device", self._backward().units)
         if self.setting.device != "cpu" and self.states.home == "host" and self.params.home == "device":
             # the update needs the compute-dtype half beside the states, and it is what travels back
             half = sum(self._range(row) * row.widths.param for row in self.trained)
@@ -186,23 +191,39 @@ class Plan:
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
-        top, pair = _top(buckets), _pair(buckets)
-        # where parameters rest sharded, the root's gradients wait for the end of the backward, whenever they come
-        root = sum(row.full for row in self.trained if row.unit == 0) if self.params.sharded else 0
-        waiting = top + root  # and the bucket that is being filled: gradients as autograd gave them
-        if self.alone:
-            # a further round is a tensor of its own; where its average grows to fp32 that is counted already
-            own = self.setting.micro_batches > 1 and not self._sums()
-            yield self._term("buckets in flight", "backward", "device", waiting + top * own)
-        elif self.setting.shared:
+        if self.setting.shared and not self.alone:
             arena = sum(_top(buckets[turn::TURNS]) for turn in range(TURNS))
             yield self._term("shared arena", "always", "host", arena)
-            yield self._term("buckets in flight", "backward", "device", waiting + self._far(buckets))
-        else:
-            # the round being averaged and the next one: what was packed, and the slices that came. At the end all of the root
-            # is in flight, when units are released.
-            end = 2 * (top + root) - sum(self._units()[1:]) if root else 0
-            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, end))
+        if self.params.sharded:
+            flight = self._backward().flight
+        elif self.alone:
+            # a further round is a tensor of its own; where its average grows to fp32 by it, that is counted already
+            rounds = self.setting.micro_batches
+            flight = _top(buckets) * (2 if rounds > 2 or (rounds > 1 and not self._sums()) else 1)
+        else:  # the bucket that is being filled, or the round being averaged and the next one: what was packed, and the slices
+            flight = _top(buckets) + self._far(buckets) if self.setting.shared else 2 * _pair(buckets)
+        yield self._term("buckets in flight", "backward", "device", flight)
+
+    def _backward(self) -> Most:
+        """The highest moment of a backward where parameters rest sharded."""
+        rounds, far = self.setting.micro_batches, self.size - self.setting.here if self.setting.shared else self.size
+        trips = []
+        for layout, widths, trained, unit, early in self.rows:
+            full, packed, flight, missing = layout.numel * widths.param, 0, 0, 0
+            if rounds == 2:  # sums that are not fp32 yet
+                missing = layout.shard * (FP32 - widths.param)
+            if not self.alone:
+                packed, flight = 0 if self.setting.shared else full, 2 * full * far // self.size
+            elif rounds == 1:
+                missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
+            elif rounds > 2 or widths.param == FP32:
+                packed = flight = full  # a further round is a tensor of its own, until the next one has gone out
+            if self.setting.device != "cpu" and self.grads.home == "host":
+                missing = 0  # they come to rest in the other memory
+            arrived, early = layout.used * widths.param * trained, early * widths.param * trained
+            whole = 0 if self._home else full
+            trips.append(Trip(unit, whole, arrived, early, packed, flight, missing * trained))
+        return most(trips)
 
     def _at_the_step(self, buckets: Sequence[int]) -> int:
         """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""
@@ -221,15 +242,6 @@ class Plan:
     def _far(self, buckets: Sequence[int]) -> int:
         """Slices to and from ranks of other hosts: two buckets, sent and received."""
         return 2 * _pair(buckets) * (self.size - self.setting.here) // self.size
-
-    def _units(self) -> tuple[int, int]:
-        """The root, and the unit in use with its neighbours in the backward: one prefetched, one not released yet."""
-        whole: dict[int, int] = {}
-        for row in self.rows:
-            whole[row.unit] = whole.get(row.unit, 0) + row.full
-        root = whole.pop(0, 0)
-        units = list(whole.values())
-        return root, max((sum(units[k : k + 3]) for k in range(len(units))), default=0)
 
     @property
     def alone(self) -> bool:
@@ -345,6 +357,12 @@ def make_plan(stage: object, offload: object, size: int) -> Plan:
     )
 
 
-def with_rows(plan: Plan, rows: Iterable[tuple], setting: Setting | None = None) -> Plan:
-    """The same plan for given buckets: (layout, widths, trained) or Row each."""
-    return replace(plan, rows=tuple(Row(*row) for row in rows), setting=plan.setting if setting is None else setting)
+def with_rows(plan: Plan, rows: Iterable[tuple], setting: Setting | None = None, names: Iterable[str] = ()) -> Plan:
+    """The same plan for given buckets: (layout, widths, trained) or Row each; `names` are all parameters' in their order."""
+    made, at = [Row(*row) for row in rows], {name: number for number, name in enumerate(names)}
+    first = min((at[slot.name] for row in made if row.unit for slot in row.layout.slots), default=len(at))
+    for k, row in enumerate(made):
+        if not row.unit and at:
+            early = sum(slot.numel for slot in row.layout.slots if at.get(slot.name, -1) > first)
+            made[k] = row._replace(early=early)
+    return replace(plan, rows=tuple(made), setting=plan.setting if setting is None else setting)

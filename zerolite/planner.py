@@ -114,7 +114,8 @@ class Question:
         params = [p for _, p in self.params]
         covered = {p for p in params if p.requires_grad or plan.params.sharded}
         outside = beside(self.model, params, covered, self.options["param_dtype"])
-        return with_rows(plan, rows, replace(self.setting, beside=outside))
+        names = [name for name, _ in self.model.named_parameters()] if plan.params.sharded and self.model is not None else []
+        return with_rows(plan, rows, replace(self.setting, beside=outside), names)
 
     def candidates(
         self, ways: list[tuple[int, str | None]], kinds: Iterable[str], limits: Limits, found: Rates, world: int | None = None
