@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def kernel_rows(device: torch.device, n: int, rounds: int) -> list[Row]:
     clock, room = Clock(device), Room(device)
     source = torch.ones(13 * n // 2, dtype=BF16, device=device)  # 13 bytes an element: copied, as many as an update moves
     out = torch.empty_like(source)
-    rows = [row("kernels", "copy", clock.seconds(lambda: out.copy_(source), rounds), 26.0 * n)]
+    rows = [row("kernels", "copy", clock.seconds(functools.partial(out.copy_, source), rounds), 26.0 * n)]
     del source, out
     param = torch.ones(n, dtype=BF16, device=device)
     rest = torch.zeros(n, dtype=torch.int16, device=device)

@@ -1,18 +1,21 @@
 """Loss with Adam's moments in fp32, bf16 and int8: the demo's model and text, the same batches, several seeds.
 
-    python benchmarks/moments.py [--steps 300] [--seeds 3] [--model small] [--lr 6e-4]
+    python benchmarks/moments.py [--steps 300] [--seeds 3] [--model small] [--lr 6e-4] [--jobs 2]
 
 Runs examples/train.py once for each storage and seed, stores every loss in benchmarks/results/moments.jsonl, and draws
 docs/moments.png. The figure of a run is its mean loss over the last 20 steps; storages are compared seed by seed.
+Losses depend on no timing, so runs go side by side, one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ COLOURS = {"fp32": "#222222", "bf16": "#1f77b4", "int8": "#d62728"}
 
 def run(args: argparse.Namespace, kind: str, seed: int, folder: str) -> dict[str, Any]:
     """One training run in a process of its own; its report."""
-    report = Path(folder) / "report.json"
+    report = Path(folder) / f"{kind}-{seed}.json"
     options = {"steps": args.steps, "model": args.model, "lr": args.lr, "batch": args.batch, "moments": kind, "seed": seed}
     command = [sys.executable, str(ROOT / "examples" / "train.py"), "--out", str(ROOT / "out"), "--json", str(report)]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads in every run, or matrix products add in another order
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one)
     return {**options, **json.loads(report.read_text())}
 
 
@@ -73,21 +77,22 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
-            for kind in KINDS:
-                report = run(args, kind, seed, folder)
-                kept = ("steps", "model", "lr", "batch", "moments", "seed", "parameters", "losses", "live")
-                rows.append({"benchmark": "moments", "end": end_of(report["losses"]), **{name: report[name] for name in kept}})
-                base = next(row["end"] for row in rows if row["seed"] == seed and row["moments"] == "fp32")
-                each = report["live"]["states"] / report["parameters"]
-                print(f"seed {seed} {kind:5} loss {rows[-1]['end']:.4f} {100 * (rows[-1]['end'] / base - 1):+.2f} %  ", end="")
-                print(f"{each:.2f} bytes of states a parameter", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        pairs = [(kind, seed) for seed in range(args.seeds) for kind in KINDS]
+        for report in pool.map(lambda pair: run(args, *pair, folder), pairs):
+            kept = ("steps", "model", "lr", "batch", "moments", "seed", "parameters", "losses", "live")
+            rows.append({"benchmark": "moments", "end": end_of(report["losses"]), **{name: report[name] for name in kept}})
+            seed, kind, end = report["seed"], report["moments"], rows[-1]["end"]
+            base = next(row["end"] for row in rows if row["seed"] == seed and row["moments"] == "fp32")
+            each = report["live"]["states"] / report["parameters"]
+            print(f"seed {seed} {kind:5} loss {end:.4f} {100 * (end / base - 1):+.2f} %  ", end="")
+            print(f"{each:.2f} bytes of states a parameter", flush=True)
     for kind in KINDS[1:]:
-        pairs = [(row, other) for row in rows for other in rows if row["seed"] == other["seed"] and other["moments"] == "fp32"]
-        away = [100 * (row["end"] / other["end"] - 1) for row, other in pairs if row["moments"] == kind]
+        both = [(row, other) for row in rows for other in rows if row["seed"] == other["seed"] and other["moments"] == "fp32"]
+        away = [100 * (row["end"] / other["end"] - 1) for row, other in both if row["moments"] == kind]
         print(f"{kind}: {sum(away) / len(away):+.2f} % from fp32 (from {min(away):+.2f} to {max(away):+.2f})")
     draw(rows, ROOT / "docs" / "moments.png")
     print(f"stored in {store('moments', rows).relative_to(ROOT)} and docs/moments.png")

@@ -89,16 +89,21 @@ ZL_FN void split(float master, uint16_t& hi, int16_t& lo) {
 }
 
 // Adam and AdamW (Kingma & Ba 2015, Loshchilov & Hutter 2019), with the bias corrections folded into
-// eps and step_size so that one square root and one division remain. `root` is the correctly rounded
-// square root of the processor at hand: a function, or an object that is called like one.
-template <class Root>
-ZL_FN void adam(float g, float& p, float& m, float& v, const AdamRow& r, Root root) {
+// eps and step_size so that one square root and one division remain: both averages, and then the step.
+ZL_FN void adam_averages(float g, float p, float& m, float& v, const AdamRow& r) {
   g = g * r.grad_scale;
   g = g + r.l2 * p;
-  p = p * r.decay;
   m = m + (g - m) * r.mix1;
   v = v * r.beta2 + (g * g) * r.mix2;
-  p = p - r.step_size * (m / (root(v) + r.eps));
+}
+ZL_FN float adam_step(float p, float m, float root_and_eps, const AdamRow& r) {
+  return p * r.decay - r.step_size * (m / root_and_eps);
+}
+// `root` is the correctly rounded square root of the processor at hand: a function, or an object that is called like one.
+template <class Root>
+ZL_FN void adam(float g, float& p, float& m, float& v, const AdamRow& r, Root root) {
+  adam_averages(g, p, m, v, r);
+  p = adam_step(p, m, root(v) + r.eps, r);
 }
 
 // Sums of squares are exact: an fp32 value is M * 2^s with a 24-bit M, so M^2 is an integer. Totals are

@@ -1,7 +1,9 @@
 // CPU loops over moments_math.h: a part of kernels_cpu.cpp, compiled once for each instruction set.
 //
 // Loops are cut where the width of elements changes: a loop over bytes and floats at once is vectorised for
-// the bytes, with four registers a value, and spills; short loops leave registers for constants.
+// the bytes, with four registers a value, and spills; short loops leave registers for constants. They are cut as well
+// between the root, the division and the hash: a processor looks a few hundred instructions ahead, and a loop over the
+// whole chain keeps too few elements in flight to hide how long each of these takes.
 #pragma once
 
 #include "kernels.h"
@@ -21,6 +23,23 @@ ZL_FN void store_master(half* p, float* rest, int64_t i, float x) {
   narrow(p[i], x);
 }
 
+// What both storages share, of a group whose moments are decoded: averages and masters, and then dice.
+template <class P, class R>
+ZL_FN void advance(const P* __restrict param, const R* __restrict rest, float* __restrict p, float* __restrict m,
+                   float* __restrict v, const float* __restrict g, const AdamRow& row) {
+  alignas(64) float d[kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) p[i] = load_master(param, rest, i);
+  for (int64_t i = 0; i < kGroup; ++i) adam_averages(g[i], p[i], m[i], v[i], row);
+  for (int64_t i = 0; i < kGroup; ++i) d[i] = root(v[i]) + row.eps;
+  for (int64_t i = 0; i < kGroup; ++i) p[i] = adam_step(p[i], m[i], d[i], row);
+}
+template <class P, class R>
+ZL_FN void finish(P* __restrict param, R* __restrict rest, const float* __restrict p, uint32_t* __restrict dice,
+                  const float* __restrict g, uint32_t salt) {
+  for (int64_t i = 0; i < kGroup; ++i) dice[i] = dice_of(p[i], g[i], salt);
+  for (int64_t i = 0; i < kGroup; ++i) store_master(param, rest, i, p[i]);
+}
+
 // kGroup elements whose moments have 8 bits: decode, update, find the scales, encode.
 template <class P, class R>
 ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restrict mc, uint8_t* __restrict vc,
@@ -29,26 +48,24 @@ ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restri
   alignas(64) uint32_t a[kGroup], b[kGroup], v[kGroup];
   for (int64_t i = 0; i < kGroup; ++i) a[i] = mc[i];
   for (int64_t i = 0; i < kGroup; ++i) b[i] = vc[i];
-  for (int64_t i = 0; i < kGroup; ++i) p[i] = load_master(param, rest, i);
   const float unit_m = from_units<MomentCode>(scales[0]), unit_v = from_units<SquareCode>(scales[1]);
   for (int64_t i = 0; i < kGroup; ++i) {
     m[i] = decode_moment(a[i], unit_m);
     s[i] = decode_square(b[i], unit_v);
   }
-  for (int64_t i = 0; i < kGroup; ++i) adam(g[i], p[i], m[i], s[i], row.adam, root);
+  advance(param, rest, p, m, s, g, row.adam);
   uint32_t top_m = 0, top_v = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
     const uint32_t size = as_bits(m[i]) & 0x7fffffffu;
     const uint32_t square = as_bits(s[i]) < kLargest ? as_bits(s[i]) : kLargest;
     v[i] = square;
-    a[i] = dice_of(p[i], g[i], salt);
     top_m = top_m > size ? top_m : size;
     top_v = top_v > square ? top_v : square;
   }
   scales[0] = scale_of<MomentCode>(top_m);
   scales[1] = scale_of<SquareCode>(top_v);
   const float in_m = to_units<MomentCode>(scales[0]), in_v = to_units<SquareCode>(scales[1]);
-  for (int64_t i = 0; i < kGroup; ++i) store_master(param, rest, i, p[i]);
+  finish(param, rest, p, a, g, salt);  // work for the processor while the scales come out
   for (int64_t i = 0; i < kGroup; ++i) b[i] = encode_square(as_float(v[i]), in_v, a[i]);
   for (int64_t i = 0; i < kGroup; ++i) a[i] = encode_moment(m[i], in_m, a[i]);
   for (int64_t i = 0; i < kGroup; ++i) mc[i] = static_cast<uint8_t>(a[i]);
@@ -59,22 +76,14 @@ ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint8_t* __restri
 template <class P, class R>
 ZL_FN void adam_group(P* __restrict param, R* __restrict rest, uint16_t* __restrict mc, uint16_t* __restrict vc,
                       const uint8_t*, const float* __restrict g, const MomentRow& row, uint32_t salt) {
-  alignas(64) float p[kGroup];
-  alignas(64) uint32_t a[kGroup], b[kGroup];
-  for (int64_t i = 0; i < kGroup; ++i) a[i] = static_cast<uint32_t>(mc[i]) << 16;
-  for (int64_t i = 0; i < kGroup; ++i) b[i] = static_cast<uint32_t>(vc[i]) << 16;
-  for (int64_t i = 0; i < kGroup; ++i) p[i] = load_master(param, rest, i);
-  for (int64_t i = 0; i < kGroup; ++i) {
-    float m = as_float(a[i]), v = as_float(b[i]), pi = p[i];
-    adam(g[i], pi, m, v, row.adam, root);
-    p[i] = pi;
-    const uint32_t dice = dice_of(pi, g[i], salt);
-    a[i] = moment_bf16(m, dice);
-    b[i] = square_bf16(v, dice);
-  }
-  for (int64_t i = 0; i < kGroup; ++i) store_master(param, rest, i, p[i]);
-  for (int64_t i = 0; i < kGroup; ++i) mc[i] = static_cast<uint16_t>(a[i]);
-  for (int64_t i = 0; i < kGroup; ++i) vc[i] = static_cast<uint16_t>(b[i]);
+  alignas(64) float p[kGroup], m[kGroup], v[kGroup];
+  alignas(64) uint32_t dice[kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) m[i] = as_float(static_cast<uint32_t>(mc[i]) << 16);
+  for (int64_t i = 0; i < kGroup; ++i) v[i] = as_float(static_cast<uint32_t>(vc[i]) << 16);
+  advance(param, rest, p, m, v, g, row.adam);
+  finish(param, rest, p, dice, g, salt);
+  for (int64_t i = 0; i < kGroup; ++i) mc[i] = static_cast<uint16_t>(moment_bf16(m[i], dice[i]));
+  for (int64_t i = 0; i < kGroup; ++i) vc[i] = static_cast<uint16_t>(square_bf16(v[i], dice[i]));
 }
 
 template <class T>

@@ -44,19 +44,18 @@ ZL_FN float from_units(uint8_t scale) {
 
 // Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value. The
 // first moment takes the high bits of the dice, the second the low ones.
+//
+// Field 0 of a first moment has the spacing of the field above and no leading one. Moved up by half a binade it is a
+// pattern like the others: y / 2 + 2, which exceeds y exactly where y lies in field 0.
 ZL_FN uint32_t encode_moment(float m, float units, uint32_t dice) {
   const uint32_t bits = as_bits(m);
-  const float y = as_float(bits & 0x7fffffffu) * units;
-  const bool low = y < 4.0f;  // field 0; y + 4 has its spacing
-  const float z = y + (low ? 4.0f : 0.0f);
-  const uint32_t code = ((as_bits(z) + (dice >> (32 - kDropped))) >> kDropped) - (low ? 8u : 0u);
-  return (code & 0x7fu) | (bits >> 31 << 7);
+  const float y = as_float(bits & 0x7fffffffu) * units, low = y * 0.5f + 2.0f;
+  const uint32_t code = (as_bits(y > low ? y : low) + (dice >> (32 - kDropped))) >> kDropped;
+  return (code & 0x7fu) | (bits >> 24 & 0x80u);
 }
 ZL_FN float decode_moment(uint32_t code, float units) {
-  const uint32_t size = code & 0x7fu;
-  const bool low = size < 8u;
-  const float y = (as_float((size << kDropped) + (low ? 129u << 23 : 128u << 23)) - (low ? 4.0f : 0.0f)) * units;
-  return as_float(as_bits(y) | (code >> 7 << 31));
+  const float y = as_float((code << kDropped & 0x07f00000u) | 128u << 23), low = (y + y) - 4.0f;
+  return as_float(as_bits((y < low ? y : low) * units) | (code << 24 & 0x80000000u));
 }
 ZL_FN uint32_t encode_square(float v, float units, uint32_t dice) {
   const uint32_t bits = as_bits(v * units), least = (128u << 23) + kStep;

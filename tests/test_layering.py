@@ -11,7 +11,9 @@ ROOT = Path(zerolite.__file__).parent
 LAYERS = {
     "version": 0,
     "layout": 0,
+    "backward": 0,
     "placement": 0,
+    "records": 0,
     "host": 1,
     "partition": 1,
     "buffer": 1,

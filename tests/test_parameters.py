@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,7 +119,7 @@ def test_an_fp32_model_is_cast_without_losing_its_low_bits():
 )
 def test_writes_from_outside_are_seen(stage, write):
     model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), LocalComm())
-    with torch.no_grad(), optimizer.full_params():
+    with torch.no_grad(), optimizer.full_params() if stage == 3 else nullcontext():
         write(model, optimizer)
     for group in optimizer.param_groups:
         group.update(lr=0.0, weight_decay=0.0)
@@ -128,6 +131,43 @@ def test_writes_from_outside_are_seen(stage, write):
         optimizer.step()
     assert torch.equal(model.state_dict()["norm.weight"], torch.full((13,), 2.0, dtype=torch.bfloat16))
     assert torch.equal(optimizer.full_state()["norm.weight"]["master"], torch.full((13,), 2.0))
+
+
+@stages
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_full_params_find_writes_that_no_version_counter_tells(stage, world, dtype):
+    """Masters of written elements restart, all others keep their low bits, and a plain write before is not forgotten."""
+
+    def body(comm):
+        model, optimizer = make(Run(stage=stage, dtype=dtype), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {name: state["master"].clone() for name, state in optimizer.full_state().items()}
+        if stage < 3:
+            with torch.no_grad():
+                model.norm.bias.fill_(0.25)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with optimizer.full_params():
+                model.blocks[0].up.weight.data.view(-1)[70:99].copy_(torch.full((29,), 1.5))
+                model.norm.weight.data.mul_(2)
+                model.norm.bias.data[3] = 0.5
+        written = {name: value.clone() for name, value in model.state_dict().items()}
+        return before, written, {name: state["master"].clone() for name, state in optimizer.full_state().items()}
+
+    for before, written, after in on_threads(world, body):
+        for name, master in after.items():
+            expected = before[name].clone().flatten()
+            if name == "blocks.0.up.weight":
+                expected[70:99] = 1.5
+            elif name == "norm.weight" or (name == "norm.bias" and stage < 3):
+                expected = written[name].float().flatten()
+            elif name == "norm.bias":
+                expected[3] = 0.5
+            assert torch.equal(master.flatten(), expected), name
+            assert torch.equal(master.to(dtype), written[name]) or dtype == torch.bfloat16
 
 
 OPTIMIZERS = [

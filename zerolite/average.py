@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import Link, Mark, Reached, Ring, zeros
+from zerolite.buffer import Link, Mark, Reached, Ring, Room, zeros
 from zerolite.comm import Pending
 from zerolite.kernels import LIMBS, reduce_, square_sum_
 from zerolite.worker import Worker
@@ -121,7 +121,12 @@ class Far:
 
     apart = True
 
-    def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, device: torch.device, staging: Staging) -> None:
+    @property
+    def summed(self) -> Room:
+        """Where squares are summed."""
+        return self.link.near
+
+    def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, staging: Staging) -> None:
         self.numel = numel
         self.dtype = dtype  # of a first round, but for those that begin with a local fp32 sum
         self.link = staging.link
@@ -130,7 +135,7 @@ class Far:
         self.value: Tensor | None = None
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
         self.coming: Mark = Reached()
-        self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
@@ -198,8 +203,9 @@ class Far:
 class Joint(Far):
     """An average on the host, of rounds that devices copy into memory which their ranks share: the worker reads them there."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, staging: Staging) -> None:
-        super().__init__(numel, dtype, spans, torch.device("cpu"), staging)
+    @property
+    def summed(self) -> Room:
+        return self.link.host
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
         dtype, before, earlier = flight.result[0].dtype, self.coming, self.value

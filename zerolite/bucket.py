@@ -178,12 +178,8 @@ class Bucket:
         device, dtype = self.full.device, self.full.dtype
         average: Average = Near(self.layout.shard, device)
         if staging is not None and self.apart:
-            joint = isinstance(lane, PinnedLane)
-            average = (
-                Joint(self.layout.shard, dtype, self.spans, staging)
-                if joint
-                else Far(self.layout.shard, dtype, self.spans, device, staging)
-            )
+            kind = Joint if isinstance(lane, PinnedLane) else Far
+            average = kind(self.layout.shard, dtype, self.spans, staging)
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
     @property
@@ -401,25 +397,6 @@ class Bucket:
     def row(self) -> tuple[Layout, int, int, bool]:
         """Layout, bytes of a parameter element, bytes of remainder or master an element, and whether it is trained."""
         return self.layout, self.full.element_size(), self.rest.element_size() if self.rest.numel() else 0, self.trained
-
-    def holdings(self) -> dict[str, list[Tensor]]:
-        """Live tensors by term of memory.FINE (views of one storage count once, in the first term that has them)."""
-        if self.home is None:
-            params, units = ([self.shard], [self.full]) if self.plan.params.sharded else ([self.full, self.shard], [])
-            params += [self.mine] if self.mine is not self.own else []
-        else:  # `full` and `shard` are the same memory, mapped twice: a gather takes none
-            params, units = [self.shard if self.plan.params.sharded else self.full], []
-            params += [self.mine] if self.mine is not self.shard else []
-        grads = self.grads
-        return {
-            "params": params,
-            "units": units,
-            "grads": grads.resting() if grads is not None else [],
-            "flight": grads.flying() if grads is not None else [],
-            "kept": grads.lane.kept() if grads is not None else [],
-            "master": [self.rest],
-            "moments": self.state.tensors() if self.state is not None else [],
-        }
 
 
 __all__ = ["Bucket", "Entry", "Widths", "bits_dtype", "dense_strides", "rest_dtype"]

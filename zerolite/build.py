@@ -92,7 +92,8 @@ class Built:
             stream=self.checked.update != "host" and self.rule.threaded,
             beside=beside(self.model, outside, covered, self.checked.dtype),
         )
-        return with_rows(self.checked.plan, rows, setting)
+        named = self.model.named_parameters() if self.model is not None and self.schedule is not None else ()
+        return with_rows(self.checked.plan, rows, setting, [name for name, _ in named])
 
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""

@@ -98,6 +98,26 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
+def holdings(bucket: Bucket) -> dict[str, list[Tensor]]:
+    """A bucket's live tensors by term of FINE (views of one storage count once, in the first term that has them)."""
+    if bucket.home is None:
+        params, units = ([bucket.shard], [bucket.full]) if bucket.plan.params.sharded else ([bucket.full, bucket.shard], [])
+        params += [bucket.mine] if bucket.mine is not bucket.own else []
+    else:  # `full` and `shard` are the same memory, mapped twice: a gather takes none
+        params, units = [bucket.shard if bucket.plan.params.sharded else bucket.full], []
+        params += [bucket.mine] if bucket.mine is not bucket.shard else []
+    grads = bucket.grads
+    return {
+        "params": params,
+        "units": units,
+        "grads": grads.resting() if grads is not None else [],
+        "flight": grads.flying() if grads is not None else [],
+        "kept": grads.lane.kept() if grads is not None else [],
+        "master": [bucket.rest],
+        "moments": bucket.state.tensors() if bucket.state is not None else [],
+    }
+
+
 def live_by_bucket(buckets: Iterable[Bucket]) -> tuple[dict[str, dict[str, int]], int]:
     """Live bytes by bucket and finer term, and what is kept for rounds and holds none now.
 
@@ -107,7 +127,7 @@ def live_by_bucket(buckets: Iterable[Bucket]) -> tuple[dict[str, dict[str, int]]
     rounds: list[Tensor] = []
     kept: list[Tensor] = []
     for bucket in buckets:
-        held = bucket.holdings()
+        held = holdings(bucket)
         found[bucket.name] = terms = {}
         for fine in FINE.values():
             seen: list[Tensor] = []

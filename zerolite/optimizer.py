@@ -24,7 +24,7 @@ from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
 from zerolite.update import Target
-from zerolite.whole import full_params
+from zerolite.whole import full_params, kept_writes
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -197,11 +197,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def full_params(self) -> Any:
         """Parameters whole on every rank inside (a collective); what every rank writes to them is kept."""
         schedule = self._settled.schedule
-        if schedule is None:
+        with torch.no_grad(), full_params(schedule) if schedule is not None else kept_writes(self._trained):
             yield
-        else:
-            with torch.no_grad(), full_params(schedule):
-                yield
 
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""

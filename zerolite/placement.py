@@ -7,10 +7,11 @@ names the stages; offload is the `home` of a placement. This is the only file th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
+from zerolite.backward import Most, Trip, most
 from zerolite.layout import ALIGN, Layout
+from zerolite.records import Placement, Row, Setting, Term, Widths
 
 STAGES = (0, 1, 2, 3)
 OFFLOADS = (None, "states", "all")
@@ -24,67 +25,6 @@ FP32 = 4  # bytes of an element of a sum
 #: exchange sends a message to each rank, and small messages are bound by latency.
 SCATTER_RANKS = 64
 SCATTER_BYTES = 16 << 10
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How one kind of tensor rests: cut over ranks or whole, and in which memory ("device" or "host")."""
-
-    sharded: bool
-    home: str = "device"
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Bytes of one element: of a parameter in compute dtype, and of all its states (remainder or master, moments)."""
-
-    param: int
-    states: int
-    group: int = 0  # bytes of states beside, for each ALIGN elements (scales)
-    rest: int = 0  # of `states`, what completes a parameter to its fp32 master: remainder or master
-
-    def states_of(self, elements: int) -> int:
-        """Bytes of the states of `elements`, a multiple of ALIGN."""
-        return elements * self.states + elements // ALIGN * self.group
-
-
-class Row(NamedTuple):
-    """One bucket of a plan."""
-
-    layout: Layout
-    widths: Widths
-    trained: bool
-    unit: int = 0  # which unit it belongs to, 0: the root
-    kept: bool = False  # its states and gradients stay on the device, though others are offloaded
-
-    @property
-    def full(self) -> int:
-        """Bytes of the whole bucket in compute dtype."""
-        return self.layout.numel * self.widths.param
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a step's memory depends on beside the placements."""
-
-    here: int = 1  # ranks on this host
-    shared: bool = False  # they share memory (comm/shared.py)
-    device: str = "cpu"  # "cpu": device memory is host memory
-    stream: bool = True  # offloaded states may be updated on the device, in chunks
-    micro_batches: int = 1  # synchronised backward() calls before a step
-    clip: bool = True  # the norm of the gradients is read before the step
-    activations: int | None = None  # bytes that autograd saves for one backward, as measured
-    beside: int = 0  # bytes of frozen parameters without a bucket, and of the model's buffers
-
-
-class Term(NamedTuple):
-    """Bytes of one purpose."""
-
-    name: str
-    when: str  # "always", or only in the "backward" or in the "step"
-    home: str  # "device" or "host"
-    rank: int  # bytes of one rank
-    host: int  # bytes of all ranks of one host: less than their sum where they share memory
 
 
 @dataclass(frozen=True)
@@ -102,7 +42,7 @@ class Plan:
     grads: Placement
     states: Placement
     rows: tuple[Row, ...] = ()
-    setting: Setting = Setting()
+    setting: Setting = field(default_factory=Setting)
     resident: float = 0.0  # part of the elements whose states stay on the device, though offloaded
     reasons: tuple[str, ...] = ()  # why this one was chosen
 
@@ -189,9 +129,12 @@ class Plan:
         if self.grads.sharded:
             yield from self._in_flight(buckets)
         else:
+            # as autograd gave them, beside the packed copy that rests; all copies stay from step to step in shared memory
+            filling = _top(buckets) if self.setting.shared else _top(buckets[-1:])
+            yield self._term("buckets in flight", "backward", "device", filling)
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
         if self.params.sharded and not self._home:
-            yield self._term("units in use", "backward", "device", sum(self._units()))
+            yield self._term("units in use", "backward", "device", self._backward().units)
         if self.apart:
             yield from self._crossing()
 
@@ -223,23 +166,39 @@ class Plan:
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
-        top, pair = _top(buckets), _pair(buckets)
-        # where parameters rest sharded, the root's gradients wait for the end of the backward, whenever they come
-        root = sum(row.full for row in self.trained if row.unit == 0) if self.params.sharded else 0
-        waiting = top + root  # and the bucket that is being filled: gradients as autograd gave them
-        if self.alone:
-            # a further round is a tensor of its own; where its average grows to fp32 that is counted already
-            own = self.setting.micro_batches > 1 and not self._sums()
-            yield self._term("buckets in flight", "backward", "device", waiting + top * own)
-        elif self.setting.shared:
+        if self.setting.shared and not self.alone:
             arena = sum(_top(buckets[turn::TURNS]) for turn in range(TURNS))
             yield self._term("shared arena", "always", "host", arena)
-            yield self._term("buckets in flight", "backward", "device", waiting + self._far(buckets))
-        else:
-            # the round being averaged and the next one: what was packed, and the slices that came. At the end all of the root
-            # is in flight, when units are released.
-            end = 2 * (top + root) - sum(self._units()[1:]) if root else 0
-            yield self._term("buckets in flight", "backward", "device", max(2 * pair + root, end))
+        if self.params.sharded:
+            flight = self._backward().flight
+        elif self.alone:
+            # a further round is a tensor of its own; where its average grows to fp32 by it, that is counted already
+            rounds = self.setting.micro_batches
+            flight = _top(buckets) * (2 if rounds > 2 or (rounds > 1 and not self._sums()) else 1)
+        else:  # the bucket that is being filled, or the round being averaged and the next one: what was packed, and the slices
+            flight = _top(buckets) + self._far(buckets) if self.setting.shared else 2 * _pair(buckets)
+        yield self._term("buckets in flight", "backward", "device", flight)
+
+    def _backward(self) -> Most:
+        """The highest moment of a backward where parameters rest sharded."""
+        rounds, far = self.setting.micro_batches, self.size - self.setting.here if self.setting.shared else self.size
+        trips = []
+        for layout, widths, trained, unit, _, early in self.rows:
+            full, packed, flight, missing = layout.numel * widths.param, 0, 0, 0
+            if rounds == 2:  # sums that are not fp32 yet
+                missing = layout.shard * (FP32 - widths.param)
+            if not self.alone:
+                packed, flight = 0 if self.setting.shared else full, 2 * full * far // self.size
+            elif rounds == 1:
+                missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
+            elif rounds > 2 or widths.param == FP32:
+                packed = flight = full  # a further round is a tensor of its own, until the next one has gone out
+            if self.setting.device != "cpu" and self.grads.home == "host":
+                missing = 0  # they come to rest in the other memory
+            arrived, early = layout.used * widths.param * trained, early * widths.param * trained
+            whole = 0 if self._home else full
+            trips.append(Trip(unit, whole, arrived, early, packed, flight, missing * trained))
+        return most(trips)
 
     def _at_the_step(self, buckets: Sequence[int]) -> int:
         """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""
@@ -258,15 +217,6 @@ class Plan:
     def _far(self, buckets: Sequence[int]) -> int:
         """Slices to and from ranks of other hosts: two buckets, sent and received."""
         return 2 * _pair(buckets) * (self.size - self.setting.here) // self.size
-
-    def _units(self) -> tuple[int, int]:
-        """The root, and the unit in use with its neighbours in the backward: one prefetched, one not released yet."""
-        whole: dict[int, int] = {}
-        for row in self.rows:
-            whole[row.unit] = whole.get(row.unit, 0) + row.full
-        root = whole.pop(0, 0)
-        units = list(whole.values())
-        return root, max((sum(units[k : k + 3]) for k in range(len(units))), default=0)
 
     @property
     def alone(self) -> bool:
@@ -342,6 +292,9 @@ def _pair(values: Sequence[int]) -> int:
     return max((a + b for a, b in zip(values, [*values[1:], 0], strict=True)), default=0)
 
 
+__all__ = ["Placement", "Plan", "Row", "Setting", "Term", "Widths", "choices", "is_auto", "make_plan", "with_rows"]
+
+
 def is_auto(stage: object) -> bool:
     """Whether the planner is to choose the stage."""
     return stage == "auto"
@@ -402,6 +355,12 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
     )
 
 
-def with_rows(plan: Plan, rows: Iterable[tuple], setting: Setting | None = None) -> Plan:
-    """The same plan for given buckets: (layout, widths, trained) or Row each."""
-    return replace(plan, rows=tuple(Row(*row) for row in rows), setting=plan.setting if setting is None else setting)
+def with_rows(plan: Plan, rows: Iterable[tuple], setting: Setting | None = None, names: Iterable[str] = ()) -> Plan:
+    """The same plan for given buckets: (layout, widths, trained) or Row each; `names` are all parameters' in their order."""
+    made, at = [Row(*row) for row in rows], {name: number for number, name in enumerate(names)}
+    first = min((at[slot.name] for row in made if row.unit for slot in row.layout.slots), default=len(at))
+    for k, row in enumerate(made):
+        if not row.unit and at:
+            early = sum(slot.numel for slot in row.layout.slots if at.get(slot.name, -1) > first)
+            made[k] = row._replace(early=early)
+    return replace(plan, rows=tuple(made), setting=plan.setting if setting is None else setting)

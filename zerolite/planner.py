@@ -120,7 +120,8 @@ class Question:
         params = [p for _, p in self.params]
         covered = {p for p in params if p.requires_grad or plan.params.sharded}
         outside = beside(self.model, params, covered, self.options["param_dtype"])
-        return with_rows(plan, rows, replace(self.setting, beside=outside))
+        names = [name for name, _ in self.model.named_parameters()] if plan.params.sharded and self.model is not None else []
+        return with_rows(plan, rows, replace(self.setting, beside=outside), names)
 
     def _fullest(self, stage: object, offload: object, moments: str, world: int | None) -> Plan:
         """The largest part of the states, in 16ths, that the device has room for. Where activations were not measured, half of

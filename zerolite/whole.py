@@ -1,4 +1,4 @@
-"""Whole parameters where they rest sharded: full_params(), model.state_dict() and model.load_state_dict().
+"""Whole parameters where they rest sharded, and writes to them: full_params(), model.state_dict() and model.load_state_dict().
 
 Each is a collective: every rank calls it. A state dict holds copies, unit by unit, so that no more than one
 unit is whole beside them.
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from zerolite.bucket import Entry
+from zerolite.bucket import Bucket, Entry
 from zerolite.hooks import Hooks
 from zerolite.unit import Schedule, Unit
 
@@ -25,6 +25,23 @@ def full_params(schedule: Schedule) -> Iterator[None]:
         yield
     finally:
         schedule.let_go()
+
+
+@contextmanager
+def kept_writes(buckets: list[Bucket]) -> Iterator[None]:
+    """The same where parameters rest whole: this rank's range is copied, to find what autograd's version counter does not tell.
+
+    A home needs no copy (its pages tell), and an fp32 parameter is its own master.
+    """
+    watched = [bucket for bucket in buckets if bucket.rest.numel() and bucket.home is None]
+    for bucket in watched:
+        bucket.keep_writes()
+    before = [bucket.mine.clone() for bucket in watched]
+    try:
+        yield
+    finally:
+        for bucket, old in zip(watched, before, strict=True):
+            bucket.keep_writes(quiet=True, everywhere=True, before=old)
 
 
 class WholeStateDict:

@@ -98,7 +98,8 @@ def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
     if wish not in ("auto", "memory", "group"):
         raise ValueError(f"ZEROLITE_CONNECT: expected 'auto', 'memory' or 'group', got {wish!r}")
     names = {host for host, _ in hosts}
-    if not isinstance(comm, GroupComm) or comm.size == 1 or len(names) > 1 or len(set(hosts)) < len(hosts) or wish == "group":
+    together = len(hosts) > 1 and len(names) < 2 and len(set(hosts)) == len(hosts)  # processes of one host
+    if not isinstance(comm, GroupComm) or not together or wish == "group":
         return comm
     linked = comm.share((wish, link.linked(comm.size)), "set-up devices")
     if any(other != wish for other, _ in linked):

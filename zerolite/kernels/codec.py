@@ -55,17 +55,14 @@ def encode_moment(m: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
     """Codes (int64) of float32 values."""
     bits = _bits(m)
     y = _float(bits & 0x7FFFFFFF) * units
-    low = (y < 4.0).long()
-    code = _bits(y + 4.0 * low.float()) + (dice >> (32 - DROPPED))
-    return (((code >> DROPPED) - 8 * low) & 127) | (bits >> 31 << 7)
+    code = _bits(torch.maximum(y, y * 0.5 + 2.0)) + (dice >> (32 - DROPPED))
+    return ((code >> DROPPED) & 127) | (bits >> 31 << 7)
 
 
 def decode_moment(code: Tensor, units: Tensor) -> Tensor:
     """float32 values of codes."""
-    size = code.long() & 127
-    low = (size < 8).long()
-    y = _float((size << DROPPED) + ((128 + low) << 23)) - 4.0 * low.float()
-    return _float(_bits(y * units) | (code.long() >> 7 << 31))
+    y = _float(((code.long() & 127) << DROPPED) + (128 << 23))
+    return _float(_bits(torch.minimum(y, (y + y) - 4.0) * units) | (code.long() >> 7 << 31))
 
 
 def encode_square(v: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
