@@ -272,15 +272,13 @@ class Bucket:
         comm = comm or self.comm
         if self.pool is not None:
             self.pool.publish(f"gather {self.name}")
-            if not self.plan.params.sharded:
-                self.link.up(self.full, self.pool.shared, after or self.link.now()).wait()
-                comm.ledger.note("publish", self.name)
-                return
-        if up and self.mine is not self.own and self.home is None:
+        if self.pool is not None and not self.plan.params.sharded:
+            self.link.up(self.full, self.pool.shared, after or self.link.now()).wait()
+        elif up and self.mine is not self.own and self.home is None:
             self.link.up(self.own, self.mine, after or self.link.now()).wait()
         if self.home is not None:
             self.published = self.home.publish(f"gather {self.name}")
-        elif self.plan.states.sharded and not self.plan.params.sharded:
+        elif self.plan.states.sharded and not self.plan.params.sharded and self.pool is None:
             self.pending = comm.gather(self.full, self.shard, f"gather {self.name}")
         else:
             return
