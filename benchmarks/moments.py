@@ -1,6 +1,6 @@
 """Loss with Adam's moments in fp32, bf16 and int8: the demo's model and text, the same batches, several seeds.
 
-    python benchmarks/moments.py [--steps 300] [--seeds 3] [--model small] [--lr 6e-4]
+    python -m benchmarks.moments [--steps 300] [--seeds 3] [--model small] [--lr 6e-4]
 
 Runs examples/train.py once for each storage and seed, stores every loss in benchmarks/results/moments.jsonl, and draws
 docs/moments.png. The figure of a run is its mean loss over the last 20 steps; storages are compared seed by seed.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, store
+from benchmarks.harness import ROOT, shown, store
 
 KINDS = ("fp32", "bf16", "int8")
 LAST = 20
@@ -90,7 +90,7 @@ def main() -> None:
         away = [100 * (row["end"] / other["end"] - 1) for row, other in pairs if row["moments"] == kind]
         print(f"{kind}: {sum(away) / len(away):+.2f} % from fp32 (from {min(away):+.2f} to {max(away):+.2f})")
     draw(rows, ROOT / "docs" / "moments.png")
-    print(f"stored in {store('moments', rows).relative_to(ROOT)} and docs/moments.png")
+    print(f"stored in {shown(store('moments', rows))} and docs/moments.png")
 
 
 if __name__ == "__main__":
