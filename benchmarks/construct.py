@@ -58,8 +58,8 @@ class LoneComm:
 
     def share(self, value: Any, what: str) -> list[Any]:
         self.ledger.enter(what, 0)
-        if what == "set-up hosts":  # (host, process) of each rank: eight to a host, this rank's own among them
-            return [value if r == self.rank else (f"host {r // HERE}", r) for r in range(self.size)]
+        if what in ("set-up hosts", "set-up memory"):  # (host, ...) of each rank: eight to a host
+            return [(value[0] if r // HERE == self.rank // HERE else f"host {r // HERE}", *value[1:]) for r in range(self.size)]
         return [value] * self.size
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
