@@ -47,14 +47,9 @@ peers: .venv/.peers
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed==0.19.8 ninja
 	@touch $@
 
-# About 25 minutes: the update, the exchange, many small parameters, whole steps beside their peers.
+# About 30 minutes on 2 cores; BENCH="--preset quick" takes 5, "--preset full" a night, "--dry-run" says what would run.
 bench: setup
-	@$(BIN)/python benchmarks/update.py
-	@$(BIN)/python benchmarks/exchange.py
-	@$(BIN)/python benchmarks/small.py
-	@$(BIN)/python benchmarks/footprint.py
-	@$(BIN)/python benchmarks/step.py
-	@$(BIN)/python benchmarks/table.py
+	@$(BIN)/python -m benchmarks run $(BENCH)
 
 clean:
 	rm -rf .venv build dist out *.egg-info zerolite/kernels/_native.so zerolite/kernels/_cuda.so

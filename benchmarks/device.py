@@ -25,18 +25,13 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Row, quantile, quantiles, shown, store
-from benchmarks.models import Shape
+from benchmarks.models import KNOWN
 from zerolite import ZeroOptimizer, kernels
 from zerolite.buffer import Link, Reached, Room, link_for
 from zerolite.memory import process_memory
 from zerolite.moments import MOMENTS
 
 BF16 = torch.bfloat16
-SHAPES = {  # Llama: layers, width, heads, vocabulary; one row of 8,192 tokens
-    "llama-10M": Shape("llama", 2, 256, 4, 8000, 1, 64),
-    "llama-1.5B": Shape("llama", 24, 2048, 16, 32000, 1, 8192),
-    "llama-7B": Shape("llama", 32, 4096, 32, 32000, 1, 8192),
-}
 
 
 class Clock:
@@ -168,9 +163,8 @@ def counted() -> Iterator[list[Counted]]:
 
 def step_rows(device: torch.device, name: str, rounds: int, options: dict[str, Any]) -> list[Row]:
     """An offloaded step beside the model alone."""
-    clock, shape = Clock(device), SHAPES[name]
+    clock, shape = Clock(device), KNOWN[name]
     model = shape.build().to(device)
-    model.gradient_checkpointing_enable()
     batch = torch.randint(0, 256, (shape.rows, shape.length), device=device)
 
     def alone() -> None:
@@ -227,9 +221,8 @@ def show(found: Row) -> None:
         each = found["a parameter"]
         extra = f"  exposed {found['exposed']:.0%}, {each['down']:.2f} down and {each['up']:.2f} up a parameter"
         extra += f", host {found['host a parameter']['planned']:.2f} planned"
-    print(
-        f"{found['part']:9}{found['name']:76}{low * 1e3:10.2f}{mid * 1e3:10.2f}{high * 1e3:10.2f} ms{found['GB/s']:9.1f} GB/s{extra}"
-    )
+    times = "".join(f"{value * 1e3:10.2f}" for value in (low, mid, high))
+    print(f"{found['part']:9}{found['name']:76}{times} ms{found['GB/s']:9.1f} GB/s{extra}")
 
 
 def main() -> None:
@@ -239,14 +232,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--elements", type=float, default=256e6)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--model", default="llama-1.5B", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--model", default="llama-1.5B", help=f"one of {', '.join(KNOWN)}")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             "zerolite bench device: expected a GPU, got none (torch.cuda.is_available() is False). Or --device cpu."
         )
-    if args.model not in SHAPES:
-        parser.error(f"--model: expected one of {', '.join(SHAPES)}, got {args.model!r}")
+    if args.model not in KNOWN:
+        parser.error(f"--model: expected one of {', '.join(KNOWN)}, got {args.model!r}")
     if args.device == "cpu":
         os.environ.setdefault("ZEROLITE_SIMULATE", "0")
     device, n = torch.device(args.device), int(args.elements) // 64 * 64

@@ -1,6 +1,6 @@
 """Exchange, sum, Adam and publish at N ranks, against what moves gradients elsewhere.
 
-    python benchmarks/exchange.py [--ranks 4] [--elements 25e6] [--rounds 7]
+    python -m benchmarks.exchange [--ranks 4] [--elements 25e6] [--rounds 7]
 
 zerolite's side is `optimizer.step()` at stage 1 on one bf16 parameter: agreement, exchange, sum in rank order, Adam with
 an exact fp32 master, and the new parameters on every rank. The others are single collectives over gloo on tensors of
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import ROOT, on_ranks, quantile, ratio, store
+from benchmarks.harness import on_ranks, quantile, ratio, shown, store
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         return worker(args)
-    command = [__file__, "--elements", str(args.elements), "--rounds", str(args.rounds)]
+    command = ["benchmarks.exchange", "--elements", str(args.elements), "--rounds", str(args.rounds)]
     found = on_ranks(args.ranks, command, timeout=900)
     if isinstance(found, str):
         raise SystemExit(f"the ranks failed: {found}")
@@ -98,7 +98,7 @@ def main() -> None:
         print(f"{moved[name] / 1e6:8.0f}{moved[name] / each[1] / 1e6:8.1f}{against:23.2f}")
         rows.append({"benchmark": "exchange", "side": name, "elements": n, "ranks": args.ranks, "bytes": moved[name]})
         rows[-1].update(ms=each, ratio_to_zerolite=against, samples=values)
-    print(f"\nstored in {store(f'exchange-{args.ranks}', rows).relative_to(ROOT)}")
+    print(f"\nstored in {shown(store(f'exchange-{args.ranks}', rows))}")
     return None
 
 

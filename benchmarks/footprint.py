@@ -1,6 +1,6 @@
 """Process memory against the plan: the sum over ranks of PSS after steps, less the same processes with a tiny model.
 
-    python benchmarks/footprint.py [--ranks 2] [--millions 200]
+    python -m benchmarks.footprint [--ranks 2] [--millions 200]
 
 The base is measured in the same processes after a whole step of a tiny model, so that imports, the process group and
 what torch sets up at first use are in it. Activations and autograd's gradients are gone when it is measured: the heap
@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from harness import ROOT, on_ranks, pss, store
+from benchmarks.harness import on_ranks, pss, shown, store
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{'':24}{'planned, MB':>14}{'process - base, MB':>20}{'ratio':>9}")
     for stage in (1, 2, 3):
         for moments in ("fp32", "int8"):
-            command = [__file__, "--millions", str(args.millions), "--stage", str(stage), "--moments", moments]
+            command = ["benchmarks.footprint", "--millions", str(args.millions), "--stage", str(stage), "--moments", moments]
             found = on_ranks(args.ranks, command, timeout=600)
             if isinstance(found, str):
                 raise SystemExit(f"stage {stage}, moments {moments}: {found}")
@@ -84,7 +84,7 @@ def main() -> None:
             ratio = grown / found["planned"]
             print(f"{name:24}{found['planned'] / 1e6:14.1f}{grown / 1e6:20.1f}{ratio:9.3f}")
             rows.append({"benchmark": "footprint", "side": name, "ranks": args.ranks, **found, "ratio": ratio})
-    print(f"\nstored in {store('footprint', rows).relative_to(ROOT)}")
+    print(f"\nstored in {shown(store('footprint', rows))}")
     return None
 
 

@@ -43,7 +43,10 @@ fi
 for model in llama-1.5B llama-7B; do
   part "device-$model" "$PYTHON" -m benchmarks device --model "$model"
 done
-part steps "$PYTHON" -m benchmarks run --preset standard --device cuda
+for model in llama-1.5B llama-7B; do
+  part "steps-$model" "$PYTHON" -m benchmarks run --device cuda --models "$model" --worlds 1 --rounds 2 --steps 4 --parts step \
+    --systems "model alone,FSDP2 + offload,DeepSpeed 2 + offload,DeepSpeed 3 + offload,DeepSpeed 3 + offload all,torchao,FlashOptim,bitsandbytes,zerolite 2,zerolite 2 + offload,zerolite 3 + offload,zerolite 3 + offload all"
+done
 part report "$PYTHON" -m benchmarks report
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]} (logs in $RESULTS)"

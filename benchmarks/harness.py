@@ -1,7 +1,8 @@
-"""What every benchmark shares: interleaved rounds, quantiles, hardware and versions, JSON lines."""
+"""What every benchmark shares: interleaved rounds, quantiles, ranks as processes, memory, hardware and versions, JSON lines."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("ZEROLITE_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
+PACKAGES = ("torch", "zerolite", "deepspeed", "transformers", "torchao", "flashoptim", "bitsandbytes")
+Row = dict[str, Any]
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -25,6 +28,11 @@ def quantile(values: list[float], q: float) -> float:
     at = q * (len(ordered) - 1)
     low = int(at)
     return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def quantiles(values: list[float], scale: float = 1.0) -> list[float]:
+    """p20, p50, p80."""
+    return [quantile(values, q) * scale for q in (0.2, 0.5, 0.8)]
 
 
 def interleave(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -44,49 +52,89 @@ def ratio(a: list[float], b: list[float]) -> float:
     return quantile([x / y for x, y in zip(a, b, strict=True)], 0.5)
 
 
+# ---- ranks
+
 CACHE = str(Path(tempfile.gettempdir()) / f"zerolite-bench-{os.getuid()}")  # peers compile at their first step
 
 
+#: Timed runs: the C library keeps what is freed. Otherwise large temporaries are given back at each step or not, as each
+#: process's heap happens to lie, and page faults (11,000 a step were seen) decide between systems. Memory is sampled without.
+STEADY = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+
+
+class OverLimit(Exception):
+    """The ranks together held more memory than they may."""
+
+    def __init__(self, peak: int) -> None:
+        super().__init__(f"{peak:,} bytes")
+        self.peak = peak
+
+
 def on_ranks(
-    ranks: int, command: list[str], timeout: float, sample: bool = False, env: dict[str, str] | None = None
-) -> dict[str, Any] | str:
-    """Runs `python command --out FILE` once for each rank, one thread each; returns the JSON that rank 0 wrote to FILE.
+    ranks: int,
+    command: list[str],
+    timeout: float,
+    sample: bool = False,
+    env: dict[str, str] | None = None,
+    limit: int | None = None,
+) -> Row | str:
+    """Runs `python -m command --out FILE` once for each rank, with its part of the cores; the JSON that rank 0 wrote to FILE.
 
     sample  also "peak": the largest sum over ranks of PSS, bytes (a page that ranks share counts once)
+    limit   of that sum: beyond it the ranks are killed and OverLimit is raised
 
     Where it fails, the end of the log.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log"
-        whole = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-        whole |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(ranks)}
-        whole |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": CACHE}
-        whole |= env or {}
-        peak = 0
+        whole = _environment(ranks) | ({} if sample or limit is not None else STEADY) | (env or {})
+        line = [sys.executable, "-m", *command, "--out", str(out)]
+        peak, sample = 0, sample or limit is not None
         with log.open("w") as file:
             running = [
-                subprocess.Popen(
-                    [sys.executable, *command, "--out", str(out)],
-                    env={**whole, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=file,
-                    stderr=file,
-                )
+                subprocess.Popen(line, env={**whole, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=file, stderr=file)
                 for rank in range(ranks)
             ]
             deadline = time.monotonic() + timeout
-            while any(rank.poll() is None for rank in running):
-                if sample:
-                    peak = max(peak, pss([rank.pid for rank in running]))
-                if time.monotonic() > deadline or any(rank.poll() not in (None, 0) for rank in running):
-                    for rank in running:
-                        rank.kill()
-                time.sleep(0.02 if sample else 0.2)
+            try:
+                while any(rank.poll() is None for rank in running):
+                    if sample:
+                        peak = max(peak, pss([rank.pid for rank in running]))
+                    if limit is not None and peak > limit:
+                        raise OverLimit(peak)
+                    if time.monotonic() > deadline:
+                        return f"no result after {timeout:.0f} s"
+                    if any(rank.poll() not in (None, 0) for rank in running):
+                        break
+                    time.sleep(0.02 if sample else 0.2)
+            finally:
+                for rank in running:
+                    rank.kill()
+                for rank in running:
+                    rank.wait()
         if not out.exists():
-            return "\n".join(log.read_text().strip().splitlines()[-3:])
+            return _reason(log.read_text())
         return {**json.loads(out.read_text()), **({"peak": peak} if sample else {})}
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    mine = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    mine |= {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1)), "PYTHONPATH": paths}
+    return {**os.environ, **mine, "TORCH_EXTENSIONS_DIR": CACHE, "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+
+def _reason(log: str) -> str:
+    """The last error of a log, else its end."""
+    lines = [line.strip() for line in log.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("File")]
+    return (errors[0] if errors else " / ".join(lines[-3:]) or "no output")[:500]
+
+
+# ---- memory and the wire
 
 
 def pss(pids: list[int]) -> int:
@@ -99,35 +147,79 @@ def pss(pids: list[int]) -> int:
     return total
 
 
-def conditions() -> dict[str, Any]:
-    """Hardware, versions and commit."""
+def loopback() -> int | None:
+    """Bytes that the loopback interface has carried: everything that processes of this host send each other by TCP."""
+    for line in _lines("/proc/net/dev"):
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[0])
+    return None
+
+
+# ---- results
+
+
+@functools.cache
+def conditions() -> Row:
+    """Hardware, versions, commit and command."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    versions = {}
-    for name in ("torch", "deepspeed", "transformers"):
+    memory = next((int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), None)
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    arguments = [text.replace(f"{ROOT}{os.sep}", "") for text in sys.orig_argv[1:]]
     return {
         "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": memory,
+        "gpu": _gpu(),
         "python": platform.python_version(),
+        "system": platform.release(),
         "versions": versions,
-        "commit": commit + ("+changes" if dirty else ""),
-        "command": " ".join(["python", str(Path(sys.argv[0])), *sys.argv[1:]]),
+        "commit": commit(),
+        "command": " ".join(["python", *arguments]),
     }
 
 
-def store(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes rows with the conditions to benchmarks/results/NAME.jsonl (the latest run replaces the one before)."""
+@functools.cache
+def commit() -> str:
+    """The commit of this tree, "+changes" where files differ from it (results do not count)."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def store(name: str, rows: list[Row]) -> Path:
+    """Writes rows with the conditions to RESULTS/NAME.jsonl (the latest run replaces the one before)."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
-    with path.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({**row, "conditions": conditions()}) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps({**row, "conditions": conditions()}) + "\n" for row in rows))
+    part.replace(path)
     return path
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a result file, or of all those of a folder; none where there is no such file."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines() if line.strip()]
+
+
+def shown(path: Path) -> str:
+    """A path as it is told: within the tree where it lies there."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def _lines(path: str) -> list[str]:

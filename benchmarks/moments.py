@@ -1,6 +1,6 @@
 """Loss with Adam's moments in fp32, bf16 and int8: the demo's model and text, the same batches, several seeds.
 
-    python benchmarks/moments.py [--steps 300] [--seeds 3] [--model small] [--lr 6e-4] [--jobs 2]
+    python -m benchmarks.moments [--steps 300] [--seeds 3] [--model small] [--lr 6e-4] [--jobs 2]
 
 Runs examples/train.py once for each storage and seed, stores every loss in benchmarks/results/moments.jsonl, and draws
 docs/moments.png. The figure of a run is its mean loss over the last 20 steps; storages are compared seed by seed.
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, store
+from benchmarks.harness import ROOT, shown, store
 
 KINDS = ("fp32", "bf16", "int8")
 LAST = 20
@@ -82,7 +82,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         pairs = [(kind, seed) for seed in range(args.seeds) for kind in KINDS]
-        for report in pool.map(lambda pair: run(args, *pair, folder), pairs):
+        for report in pool.map(lambda pair: run(args, pair[0], pair[1], folder), pairs):
             kept = ("steps", "model", "lr", "batch", "moments", "seed", "parameters", "losses", "live")
             rows.append({"benchmark": "moments", "end": end_of(report["losses"]), **{name: report[name] for name in kept}})
             seed, kind, end = report["seed"], report["moments"], rows[-1]["end"]
@@ -95,7 +95,7 @@ def main() -> None:
         away = [100 * (row["end"] / other["end"] - 1) for row, other in both if row["moments"] == kind]
         print(f"{kind}: {sum(away) / len(away):+.2f} % from fp32 (from {min(away):+.2f} to {max(away):+.2f})")
     draw(rows, ROOT / "docs" / "moments.png")
-    print(f"stored in {store('moments', rows).relative_to(ROOT)} and docs/moments.png")
+    print(f"stored in {shown(store('moments', rows))} and docs/moments.png")
 
 
 if __name__ == "__main__":

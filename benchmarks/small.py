@@ -1,6 +1,6 @@
 """Many small parameters against few large ones of the same bytes: what a step costs beyond autograd.
 
-    python benchmarks/small.py [--ranks 2] [--elements 5e6] [--rounds 3]
+    python -m benchmarks.small [--ranks 2] [--elements 5e6] [--rounds 3]
 
 The overhead of a step is the step minus forward and backward of the same model without an optimizer, in as many
 processes; so autograd's own work on 10,000 leaves is not counted.
@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from harness import ROOT, on_ranks, quantile, store
+from benchmarks.harness import on_ranks, quantile, shown, store
 
 COUNTS = (10, 10_000)
 
@@ -74,7 +74,7 @@ def main() -> None:
     found: dict[tuple[int, int], list[float]] = {(stage, count): [] for stage in (-1, 1, 2, 3) for count in COUNTS}
     for _ in range(args.rounds):
         for stage, count in found:
-            command = [__file__, "--elements", str(args.elements), "--steps", str(args.steps), "--count", str(count)]
+            command = ["benchmarks.small", "--elements", str(args.elements), "--steps", str(args.steps), "--count", str(count)]
             command += ["--stage", str(stage), *(["--clip"] if args.clip else [])]
             result = on_ranks(args.ranks, command, timeout=900)
             if isinstance(result, str):
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"{name:20}" + "".join(f"{value:21.1f}" for value in mid) + f"{mid[1] / mid[0]:9.2f}")
         rows.append({"benchmark": "small", "side": name, "elements": args.elements, "ranks": args.ranks, "clip": args.clip})
         rows[-1].update(counts=COUNTS, ms=mid, ratio=mid[1] / mid[0], samples=over)
-    print(f"\nstored in {store('small-clip' if args.clip else 'small', rows).relative_to(ROOT)}")
+    print(f"\nstored in {shown(store('small-clip' if args.clip else 'small', rows))}")
     return None
 
 

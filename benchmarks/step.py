@@ -1,171 +1,286 @@
-"""Seconds, overhead and memory of a training step, systems side by side.
+"""One training run: seconds by part, memory, bytes sent and losses of one system on one model. The suite calls it.
 
-    python benchmarks/step.py [--systems "zerolite 2,DDP + AdamW(fused)"] [--ranks 2] [--rounds 3] [--steps 8]
+    python -m benchmarks.step [--model gpt2-49M] [--ranks 2] [--systems "zerolite 2,DDP"] [--rounds 3] [--steps 8]
 
-Every system runs in fresh processes, one thread a rank, A B C A B C ...; a round's overhead is its step minus that round's
-"model alone" (forward and backward in as many processes, without communication). One more round, not timed, samples the
-processes' memory: the sum over ranks of PSS, so that a page that ranks share counts once.
+Every system runs in fresh processes, A B C A B C ...; a round's overhead is its step minus that round's "model alone"
+(forward and backward in as many processes, without communication). One more round, not timed, samples memory.
+
+forward, backward, update   wall time of rank 0
+communication               within those: time during which a collective, or a wait in shared memory, is under way in rank 0.
+                            Of two more steps under torch.profiler, which are not timed
+first                       from the model in memory to the end of the first step: construction included
+peak, rest                  sum over ranks of PSS: its largest sample, and after the steps; base: before the model is built
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import gc
+import importlib
 import json
-import sys
+import os
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, on_ranks, quantile, store
+from benchmarks.harness import Row, loopback, on_ranks, pss, quantile, quantiles
+from benchmarks.models import KNOWN, Shape
 
 PHASES = ("forward", "backward", "update")
-SHAPES = {  # GPT-2 shape: layers, width, heads, vocabulary
-    "5M": (4, 256, 4, 8000),
-    "49M": (8, 512, 8, 46000),
-    "124M": (12, 768, 12, 50257),
-}
+PROFILED = 2  # steps
+
+
+# ---- in a rank
 
 
 def worker(args: argparse.Namespace) -> None:
     """One rank: runs the steps and, on rank 0, writes what was measured to args.out."""
     import torch
     import torch.distributed as dist
-    from systems import SYSTEMS
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    torch.manual_seed(0)
-    layers, width, heads, words = SHAPES[args.model]
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=words, n_positions=128)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    model = GPT2LMHeadModel(config).to(torch.bfloat16)
-    numel = sum(p.numel() for p in model.parameters())
-    base = time.perf_counter()
-    trained = SYSTEMS[args.system](model, rank)
-    build = time.perf_counter() - base
-    generator = torch.Generator().manual_seed(rank)
-    times: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    loss, sent = 0.0, trained.sent()
-    for step in range(args.steps + args.warmup):
-        batch = torch.randint(0, words, (2, 64), generator=generator)
-        marks = [time.perf_counter()]
-        result = trained.forward(batch)
-        marks.append(time.perf_counter())
-        trained.backward(result)
-        marks.append(time.perf_counter())
-        trained.update()
-        marks.append(time.perf_counter())
-        loss = float(result.detach())
-        if step == 0:
-            first = marks[-1] - marks[0]
-            sent = trained.sent()
-        if step >= args.warmup:
-            for phase, start, stop in zip(PHASES, marks, marks[1:], strict=False):
-                times[phase].append(stop - start)
-    if rank == 0:
-        wire = (trained.sent() - sent) / (args.steps + args.warmup - 1) if sent >= 0 else None
-        found = {"numel": numel, "build": build, "first": first, "loss": loss, "wire": wire, "times": times}
-        Path(args.out).write_text(json.dumps({**found, "settings": trained.settings}))
+    from benchmarks.systems import Job, all_systems
+
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    os.environ["DS_ACCELERATOR"] = device.type
+    dist.init_process_group("nccl" if cuda else "gloo")
+    shape = Shape(**json.loads(args.shape))
+    system = all_systems()[args.system]
+    for package in ("zerolite", "transformers", system.package):
+        if package:
+            importlib.import_module(package)  # before the base, so that imports are nobody's memory
+    warm_up(shape)
+    memory = Memory(device)
+    base = memory.rest()
+    made = Timed(shape.build)
+    begin = time.perf_counter()
+    trained = system.run(Job(made, device, shape.rows, args.lean))
+    memory.sync()
+    build = time.perf_counter() - begin - made.seconds
+    run = Run(trained, shape, device)
+    run.steps(1)
+    first = build + sum(times[0] for times in run.times.values())
+    run.steps(max(args.warmup - 1, 0))
+    dist.barrier()
+    lines, sent = loopback(), trained.sent() if trained.sent else 0
+    run.times = {phase: [] for phase in PHASES}
+    run.steps(args.steps)
+    dist.barrier()
+    after = loopback()
+    found: Row = {"build": build, "first": first, "times": run.times, "settings": trained.settings, "plan": trained.plan}
+    if not cuda and lines is not None and after is not None:
+        found["wire"] = (after - lines) / args.steps / dist.get_world_size()
+    if trained.sent:
+        found["sent"] = (trained.sent() - sent) / args.steps
+    found["losses"] = mean_over_ranks(run.losses, device)
+    found |= {"base": base[0], "rest": memory.rest()[0], "device_peak": memory.peak(), "device_rest": memory.rest()[1]}
+    if args.profile:
+        run.times = {phase: [] for phase in PHASES}  # under the profiler steps are slower: not among the others
+        found["communication"] = communication(lambda: run.steps(PROFILED)) / PROFILED
+    if dist.get_rank() == 0:
+        Path(args.out).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def launch(system: str, args: argparse.Namespace, steps: int, sample: bool) -> dict[str, Any] | str:
-    """Runs one system once; returns what rank 0 measured, or why it failed."""
-    command = [__file__, "--worker", system, "--steps", str(steps), "--model", args.model, "--warmup", str(args.warmup)]
-    return on_ranks(args.ranks, command, args.timeout, sample)
+def warm_up(shape: Shape) -> None:
+    """A backward of a tiny model of the same kind: what torch and transformers load at first use is in the base."""
+    tiny = replace(shape, layers=1, width=64, heads=2, words=64)
+    batch = tiny.batch(torch_generator(0))
+    tiny.build()(input_ids=batch, labels=batch).loss.backward()
 
 
-def measure(systems: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Interleaved rounds; the first, which also samples memory, is not timed."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
-    start, done, total = time.monotonic(), 0, len(systems) * (args.rounds + 1)
-    for number in range(args.rounds + 1):
-        for name in list(found):
-            left = (time.monotonic() - start) / max(done, 1) * (total - done)
-            print(
-                f"\r[{done}/{total}] round {number}, {name}, {left:.0f} s left".ljust(78), end="", file=sys.stderr, flush=True
-            )
-            result = launch(name, args, 2 if number == 0 else args.steps, sample=number == 0)
-            done += 1
-            if isinstance(result, str):
-                print(f"\n{name} failed and is left out: {result}", file=sys.stderr)
-                del found[name]
-            else:
-                found[name].append(result)
-    print("\r".ljust(79) + "\r", end="", file=sys.stderr)
-    return found
+def torch_generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
 
 
-def summary(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of one system: seconds by phase, and the overhead over the model alone, round by round."""
-    timed = runs[1:]
+class Timed:
+    """Builds the model, and says how long that took: it is no system's time."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make, self.seconds = make, 0.0
+
+    def __call__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.make()
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Run:
+    """Steps of a system on batches that differ by rank; seconds by phase and losses."""
+
+    def __init__(self, trained: Any, shape: Shape, device: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.trained, self.shape, self.device = trained, shape, device
+        self.generator = torch_generator(dist.get_rank())
+        self.times: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.losses: list[float] = []
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            batch = self.shape.batch(self.generator).to(self.device)
+            marks = [self._now()]
+            loss = self.trained.forward(batch)
+            marks.append(self._now())
+            self.trained.backward(loss)
+            marks.append(self._now())
+            self.trained.update()
+            marks.append(self._now())
+            self.losses.append(float(loss.detach()))
+            for phase, start, stop in zip(PHASES, marks, marks[1:], strict=False):
+                self.times[phase].append(stop - start)
+
+    def _now(self) -> float:
+        self.sync()
+        return time.perf_counter()
+
+
+class Memory:
+    """Bytes of all ranks together: physical memory of the processes, and of the device."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.device = device
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def rest(self) -> tuple[int, int | None]:
+        """What is held now, once what was freed is given back."""
+        import torch
+
+        from zerolite.host import trim_heap
+
+        gc.collect()
+        trim_heap()
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else None
+        return self._sum(pss([os.getpid()])), None if held is None else self._sum(held)
+
+    def peak(self) -> int | None:
+        """The most that the device's allocator gave out."""
+        import torch
+
+        return self._sum(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else None
+
+    def _sum(self, value: int) -> int:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor([value], device=self.device)
+        dist.all_reduce(total)
+        return int(total)
+
+
+def mean_over_ranks(values: list[float], device: Any) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+def communication(call: Callable[[], None]) -> float:
+    """Seconds of `call` during which a collective or a wait in shared memory is under way in this process."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from zerolite.comm.shared import SharedComm
+
+    wait = SharedComm.wait_for
+
+    def named(self: SharedComm, ready: Callable[[float], bool], what: str) -> None:
+        with record_function("shared:wait"):
+            wait(self, ready, what)
+
+    SharedComm.wait_for = named  # type: ignore[method-assign]
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            call()
+    finally:
+        SharedComm.wait_for = wait  # type: ignore[method-assign]
+    spans = [(e.time_range.start, e.time_range.end) for e in seen.events() if e.name.startswith(("gloo:", "nccl:", "shared:"))]
+    return union(spans) * 1e-6
+
+
+def union(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(stop - max(start, reached), 0.0)
+        reached = max(reached, stop)
+    return total
+
+
+# ---- around the ranks
+
+
+def launch(
+    system: str, shape: Shape, ranks: int, steps: int, *, warmup: int = 2, device: str = "cpu", lean: bool = False,
+    sample: bool = False, limit: int | None = None, timeout: float = 900.0,
+) -> Row | str:  # fmt: skip
+    """Runs one system once; what rank 0 measured, or why it failed. Raises OverLimit (see on_ranks)."""
+    command = ["benchmarks.step", "--worker", system, "--shape", json.dumps(asdict(shape)), "--steps", str(steps)]
+    command += ["--warmup", str(warmup), "--device", device, *(["--lean"] if lean else [])]
+    command += [] if sample or limit is not None else ["--profile"]
+    return on_ranks(ranks, command, timeout, sample, limit=limit)
+
+
+def summary(system: str, shape: Shape, ranks: int, runs: list[Row], base: list[Row]) -> Row:
+    """One row of a system: medians over rounds, and every sample. runs[0] sampled memory; the others are timed."""
+    timed, numel = runs[1:], shape.count()
     phases = {p: quantile([quantile(run["times"][p], 0.5) for run in timed], 0.5) for p in PHASES}
+    steps = [sum(values) for run in timed for values in zip(*(run["times"][p] for p in PHASES), strict=True)]
+    over = [mid(run) - mid(other) for run, other in zip(timed, base[1:], strict=False)]
+    last = timed[-1]
+    row: Row = {"benchmark": "step", "system": system, "numel": numel, "ranks": ranks, **phases}
+    row |= {"communication": quantile([run["communication"] for run in timed], 0.5), "step": quantile([*map(mid, timed)], 0.5)}
+    row |= {"steps": quantiles(steps), "overhead": quantile(over, 0.5), "overheads": over}
+    row["tokens_a_second"] = shape.tokens * ranks / row["step"]
+    row |= {"first": quantile([run["first"] for run in timed], 0.5), "build": quantile([run["build"] for run in timed], 0.5)}
+    row |= {"losses": last["losses"], "loss": last["losses"][-1], "wire": last.get("wire"), "sent": last.get("sent")}
+    row |= {name: runs[0][name] for name in ("peak", "base", "rest", "device_peak", "device_rest", "plan", "settings")}
+    row["bytes_a_parameter"] = (runs[0]["rest"] - runs[0]["base"] + (runs[0]["device_rest"] or 0)) / ranks / numel
+    row["peak_a_parameter"] = (runs[0]["peak"] - runs[0]["base"] + (runs[0]["device_peak"] or 0)) / ranks / numel
+    return {**row, "shape": asdict(shape), "samples": [run["times"] for run in timed]}
 
-    def step(run: dict[str, Any]) -> float:
-        return sum(quantile(run["times"][p], 0.5) for p in PHASES)
 
-    over = [step(run) - step(alone) for run, alone in zip(timed, base[1:], strict=True)]
-    row = {"benchmark": "step", "system": name, "numel": runs[0]["numel"], **phases, "overhead": quantile(over, 0.5)}
-    row |= {"overheads": over, "step": quantile([step(run) for run in timed], 0.5), "first": runs[0]["first"]}
-    row |= {"build": runs[0]["build"], "loss": timed[-1]["loss"], "wire": timed[-1]["wire"], "peak": runs[0]["peak"]}
-    return {**row, "settings": runs[0]["settings"], "samples": [run["times"] for run in timed]}
+def mid(run: Row) -> float:
+    """Seconds of a step of one run."""
+    return sum(quantile(run["times"][p], 0.5) for p in PHASES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", help="comma-separated; default: all")
+    parser.add_argument("--systems", help="comma-separated names or beginnings of names; default: all")
+    parser.add_argument("--model", choices=KNOWN, default="gpt2-49M")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--model", choices=SHAPES, default="49M")
-    parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--worker", dest="system", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    for name in ("--shape", "--worker", "--out"):
+        parser.add_argument(name, dest={"--worker": "system"}.get(name, name[2:]), help=argparse.SUPPRESS)
+    for name in ("--lean", "--profile"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.system:
         return worker(args)
-    from systems import NEEDS, SYSTEMS
+    from benchmarks.suite import main as suite
 
-    wanted = [name.strip() for name in args.systems.split(",")] if args.systems else list(SYSTEMS)
-    unknown = [name for name in wanted if name not in SYSTEMS]
-    if unknown:
-        parser.error(f"unknown systems {unknown}; known: {list(SYSTEMS)}")
-    systems = ["model alone", *(name for name in wanted if name != "model alone")]
-    for name in list(systems):
-        package = NEEDS.get(name.split()[0])
-        if package and importlib.util.find_spec(package) is None:
-            print(f"left out: {name}, {package} is not installed (make peers)")
-            systems.remove(name)
-    found = measure(systems, args)
-    rows = [summary(name, runs, found["model alone"]) for name, runs in found.items()]
-    show(rows, args)
-    stored = store(f"step-{args.model}-{args.ranks}", [{**row, "ranks": args.ranks, "model": args.model} for row in rows])
-    print(f"\nstored in {stored.relative_to(ROOT)}")
+    options = {"models": args.model, "worlds": args.ranks, "rounds": args.rounds, "steps": args.steps, "warmup": args.warmup}
+    options |= {"systems": args.systems, "device": args.device, "parts": "step"}
+    suite([text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))])
     return None
-
-
-def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    print(
-        f"\nGPT-2 shape, {rows[0]['numel'] / 1e6:.1f} M parameters, bf16, {args.ranks} ranks, 2 x 64 tokens a rank, clipping on"
-    )
-    print(
-        f"{'seconds':26}{'forward':>9}{'backward':>9}{'update':>9}{'step':>9}{'overhead':>10}{'first':>8}{'MB, all ranks':>15}"
-    )
-    for row in rows:
-        phases = "".join(f"{row[p]:9.3f}" for p in PHASES)
-        print(
-            f"{row['system']:26}{phases}{row['step']:9.3f}{row['overhead']:10.3f}{row['first']:8.2f}{row['peak'] / 2**20:15.0f}"
-        )
-    ours = [row for row in rows if row["system"].startswith("zerolite")]
-    for peer in ("DDP", "DeepSpeed"):
-        best = min((row for row in rows if row["system"].startswith(peer)), key=lambda row: row["overhead"], default=None)
-        for row in ours if best else []:
-            part = row["overhead"] / best["overhead"]
-            print(f"overhead of {row['system']}: {part:.2f} of {best['system']}'s")
 
 
 if __name__ == "__main__":

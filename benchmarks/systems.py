@@ -1,14 +1,14 @@
-"""The systems that are measured side by side: each takes a model and returns what runs one step of it.
+"""The systems that are measured side by side: each takes a job and returns what runs one step of it.
 
-A system is a function (model, rank) -> Trained. `Trained.forward(batch)` returns the loss, `backward(loss)` and
-`update()` do the rest; every peer has its best known settings for CPU ranks, all keys written out.
+A system is a function Job -> Trained. `Trained.forward(batch)` returns the loss, `backward(loss)` and `update()` do the
+rest; every system has its best known settings for the device, all keys written out. Those of other projects: peers.py.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +19,19 @@ LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 BUCKET = 13_000_000  # elements: 25 MiB of bf16, DDP's and zerolite's default
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained."""
+
+    make: Callable[[], nn.Module]  # builds the model in bf16, the same values on every rank
+    device: torch.device
+    rows: int = 2  # of one rank's batch
+    lean: bool = False  # build it with as little memory as the system can (the largest model)
+
+    def model(self) -> nn.Module:
+        return self.make().to(self.device)
+
+
 @dataclass
 class Trained:
     """One model under one system."""
@@ -27,7 +40,30 @@ class Trained:
     backward: Callable[[Tensor], Any]
     update: Callable[[], Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    sent: Callable[[], int] = lambda: -1  # bytes that this rank put on the wire so far; -1: not counted
+    sent: Callable[[], int] | None = None  # bytes that this rank sent so far, where the system counts them
+    plan: dict[str, int] | None = None  # planned bytes at rest by term: a rank's part of what its host holds
+
+
+@dataclass(frozen=True)
+class System:
+    """A system, and what it needs to run."""
+
+    run: Callable[[Job], Trained]
+    package: str | None = None
+    cuda: bool = False
+    alone: bool = False  # one rank only
+    core: bool = False  # one of those that the short presets run
+    stage: int | None = None
+
+    def missing(self, world: int, cuda: bool) -> str | None:
+        """Why it cannot run here; None: it can."""
+        if self.cuda and not cuda:
+            return "needs a GPU"
+        if self.package and find_spec(self.package) is None:
+            return f"{self.package} is not installed" + (" (make peers)" if self.package == "deepspeed" else "")
+        if self.alone and world > 1:
+            return "runs on one rank only"
+        return None
 
 
 def loss_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -38,132 +74,142 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
 
 
-def alone(model: nn.Module, rank: int) -> Trained:
+def alone(job: Job) -> Trained:
     """Forward and backward only, in as many processes: what every system's overhead is counted from."""
+    model = job.model()
+    return Trained(loss_of(model), Tensor.backward, model.zero_grad)
+
+
+def stepped(
+    model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], clip: bool = True
+) -> Trained:
+    """The usual loop around an optimizer."""
 
     def update() -> None:
-        model.zero_grad()
-
-    return Trained(loss_of(model), Tensor.backward, update)
-
-
-def _torch(model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Trained:
-    def update() -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trained(loss_of(wrapped), Tensor.backward, update, settings)
+    return Trained(loss_of(wrapped), Tensor.backward, update, {**settings, "clip": CLIP if clip else None})
 
 
-def ddp(model: nn.Module, rank: int) -> Trained:
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return _torch(model, wrapped, adamw(model), {"gradient_as_bucket_view": True, "AdamW": "fused"})
+def parallel(job: Job) -> tuple[nn.Module, nn.Module]:
+    """The model, and DDP around it where there are several ranks."""
+    model = job.model()
+    if dist.get_world_size() == 1:
+        return model, model
+    return model, nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=25)
 
 
-def zero_redundancy(model: nn.Module, rank: int) -> Trained:
+def ddp(job: Job) -> Trained:
+    model, wrapped = parallel(job)
+    return stepped(model, wrapped, adamw(model), {"gradient_as_bucket_view": True, "bucket_cap_mb": 25, "AdamW": "fused"})
+
+
+def zero_redundancy(job: Job) -> Trained:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model, wrapped = parallel(job)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=LR, weight_decay=DECAY, fused=True)
-    return _torch(model, wrapped, optimizer, {"AdamW": "fused"})
+    return stepped(model, wrapped, optimizer, {"gradient_as_bucket_view": True, "bucket_cap_mb": 25, "AdamW": "fused"})
 
 
-def fsdp2(model: nn.Module, rank: int) -> Trained:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def fsdp2(offload: bool = False) -> Callable[[Job], Trained]:
+    def system(job: Job) -> Trained:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model.float()
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return _torch(model, model, adamw(model), {"param_dtype": "bf16", "reduce_dtype": "fp32", "units": "blocks"})
+        mesh = init_device_mesh(job.device.type, (dist.get_world_size(),))
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy(pin_memory=True) if offload else OffloadPolicy(),
+        }
+        with torch.device("meta" if job.lean else job.device):
+            model = job.make().float()
+        for block in blocks_of(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        if job.lean:
+            model.to_empty(device="cpu" if offload else job.device)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.normal_(0, 0.02)
+        settings = {"param_dtype": "bf16", "reduce_dtype": "fp32", "units": "blocks and root", "AdamW": "fused"}
+        return stepped(model, model, adamw(model), {**settings, "offload": offload, "reshard_after_forward": True})
+
+    return system
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList)))
 
 
-def zerolite(stage: int, **options: Any) -> Callable[[nn.Module, int], Trained]:
-    def system(model: nn.Module, rank: int) -> Trained:
-        from zerolite import ZeroOptimizer
+def zerolite(stage: int | str, **options: Any) -> Callable[[Job], Trained]:
+    def system(job: Job) -> Trained:
+        from zerolite import ZeroOptimizer, meta_init
 
-        optimizer = ZeroOptimizer(adamw(model), model, stage=stage, **options)
-
-        def update() -> None:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        ledger = optimizer._parts.comm.ledger
-        return Trained(loss_of(model), Tensor.backward, update, {"stage": stage, **options}, lambda: sum(ledger.sent.values()))
-
-    return system
-
-
-def deepspeed(stage: int, offload: bool = False) -> Callable[[nn.Module, int], Trained]:
-    def system(model: nn.Module, rank: int) -> Trained:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed as ds
-
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": CLIP,
-            "steps_per_print": 10**9,
-            "wall_clock_breakdown": False,
-            "bf16": {"enabled": True, "check_grad_overflow": False},
-            "zero_optimization": {
-                "stage": stage,
-                "contiguous_gradients": True,
-                "overlap_comm": False,  # there are no streams on CPU
-                "reduce_scatter": True,
-                "round_robin_gradients": False,
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
-                **({"offload_optimizer": {"device": "cpu", "pin_memory": False}} if offload else {}),
-                **(
-                    {
-                        "stage3_prefetch_bucket_size": BUCKET,
-                        "stage3_param_persistence_threshold": 100_000,
-                        "stage3_max_live_parameters": 10**9,
-                        "stage3_max_reuse_distance": 10**9,
-                        "stage3_gather_16bit_weights_on_model_save": False,
-                    }
-                    if stage == 3
-                    else {}
-                ),
-            },
-        }
-        if offload:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
-                model.parameters(), lr=LR, weight_decay=DECAY, adamw_mode=True, fp32_optimizer_states=True
-            )
+        if job.lean:
+            with meta_init():
+                model = job.make()
         else:
-            optimizer = adamw(model)
-        engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        return Trained(loss_of(engine), engine.backward, engine.step, config)
+            model = job.model()
+        optimizer = ZeroOptimizer(adamw(model), model, stage=stage, **options)
+        trained = stepped(model, model, optimizer, {"stage": stage, **options, "chosen": optimizer.plan.label})
+        ledger = optimizer._parts.comm.ledger
+        trained.sent = lambda: sum(ledger.sent.values())
+        trained.plan = {t.name: t.host // optimizer.plan.setting.here for t in optimizer.plan.terms if t.when == "always"}
+        return trained
 
     return system
 
 
-SYSTEMS: dict[str, Callable[[nn.Module, int], Trained]] = {
-    "model alone": alone,
-    "DDP + AdamW(fused)": ddp,
-    "ZeroRedundancyOptimizer": zero_redundancy,
-    "FSDP2": fsdp2,
-    "DeepSpeed 1": deepspeed(1),
-    "DeepSpeed 2": deepspeed(2),
-    "DeepSpeed 3": deepspeed(3),
-    "DeepSpeed 2 + offload": deepspeed(2, offload=True),
-    "DeepSpeed 3 + offload": deepspeed(3, offload=True),
-    "zerolite 0": zerolite(0),
-    "zerolite 1": zerolite(1),
-    "zerolite 2": zerolite(2),
-    "zerolite 3": zerolite(3),
-}
-NEEDS = {"DeepSpeed": "deepspeed"}  # first word of a system's name -> the package that it needs
+def all_systems() -> dict[str, System]:
+    """Every system by name, in the order in which they run."""
+    from benchmarks.peers import PEERS
+
+    ours: dict[str, System] = {
+        "zerolite 0": System(zerolite(0), stage=0),
+        "zerolite 1": System(zerolite(1), stage=1, core=True),
+        "zerolite 2": System(zerolite(2), stage=2, core=True),
+        "zerolite 3": System(zerolite(3), stage=3, core=True),
+        "zerolite 1 + offload": System(zerolite(1, offload="states"), stage=1),
+        "zerolite 2 + offload": System(zerolite(2, offload="states"), stage=2),
+        "zerolite 3 + offload": System(zerolite(3, offload="states"), stage=3),
+        "zerolite 3 + offload all": System(zerolite(3, offload="all"), stage=3),
+        "zerolite 2 + bf16 moments": System(zerolite(2, moments="bf16"), stage=2),
+        "zerolite 2 + int8 moments": System(zerolite(2, moments="int8"), stage=2, core=True),
+        "zerolite 3 + int8 moments": System(zerolite(3, moments="int8"), stage=3),
+        "zerolite auto": System(zerolite("auto")),
+    }
+    return {
+        ALONE: System(alone, core=True),
+        "DDP + AdamW(fused)": System(ddp, core=True),
+        "ZeroRedundancyOptimizer": System(zero_redundancy, stage=1),
+        "FSDP2": System(fsdp2(), stage=3, core=True),
+        "FSDP2 + offload": System(fsdp2(offload=True), cuda=True, stage=3),
+        **PEERS,
+        **ours,
+    }
+
+
+ALONE = "model alone"
+
+
+def choose(wanted: str | None, world: int, cuda: bool, core: bool) -> tuple[list[str], dict[str, str]]:
+    """Names of the systems to run, "model alone" first, and of those that cannot, with why.
+
+    wanted  comma-separated names or beginnings of names ("DeepSpeed" is all of its stages); None: all, or the core ones
+    """
+    known = all_systems()
+    names = [name for name, system in known.items() if system.core or not core]
+    if wanted is not None:
+        parts = [part.strip() for part in wanted.split(",") if part.strip()]
+        unknown = [part for part in parts if not any(name.startswith(part) for name in known)]
+        if unknown:
+            raise ValueError(f"systems: expected some of {list(known)}, got {unknown}")
+        names = [name for name in known if name in parts or any(name.startswith(p) and p not in known for p in parts)]
+    names = [ALONE, *(name for name in names if name != ALONE)]
+    missing = {name: why for name in names if (why := known[name].missing(world, cuda)) is not None}
+    return [name for name in names if name not in missing], missing

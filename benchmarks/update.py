@@ -1,6 +1,6 @@
 """The host update: averaged bf16 gradients in, exact fp32 master and moments (or rounded ones), bf16 parameters out.
 
-    python benchmarks/update.py [--elements 64e6] [--threads 2] [--rounds 9]
+    python -m benchmarks.update [--elements 64e6] [--threads 2] [--rounds 9]
 
 Peers do the same work with what they offer: cast the gradient to fp32, scale it by the clip factor, Adam on fp32 master
 and moments, cast the parameter to bf16. A peer that is not installed is named and left out.
@@ -9,19 +9,16 @@ and moments, cast the parameter to bf16. A peer that is not installed is named a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from harness import ROOT, interleave, quantile, ratio, store
+from benchmarks.harness import interleave, quantile, ratio, shown, store
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+from benchmarks import native
 from zerolite import kernels
 from zerolite.kernels.reference import split_
 from zerolite.moments import MOMENTS
@@ -36,7 +33,7 @@ def zerolite_side(n: int, sources: int, moments: str = "fp32") -> Callable[[], N
     param, rest = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
     split_(param, rest, torch.randn(n))
     grads = [(torch.randn(n) * 1e-3).bfloat16() for _ in range(sources)]
-    stored, part = MOMENTS[moments](n, torch.device("cpu")), slice(0, n)
+    stored, part = MOMENTS[moments](n, Room(torch.device("cpu"))), slice(0, n)
     stored.write(part, torch.randn(n) * 1e-3, torch.rand(n) * 1e-6)
     rows, spans = [(*adam_row(GROUP, 10, CLIP), 10.0)], torch.tensor([[0, n, 0]])
     return lambda: stored.update(param, rest, grads, spans, rows, 1.0 / sources)
@@ -47,14 +44,14 @@ class Plain:
 
     def __init__(self, n: int) -> None:
         self.master = torch.nn.Parameter(torch.randn(n))
-        self.master.grad = torch.zeros(n)
+        self.total = self.master.grad = torch.zeros(n)
         self.param = self.master.detach().bfloat16()
         self.grad = (torch.randn(n) * 1e-3).bfloat16()
 
     def whole(self, step: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
-            self.master.grad.copy_(self.grad)
-            self.master.grad.mul_(CLIP)
+            self.total.copy_(self.grad)
+            self.total.mul_(CLIP)
             step()
             self.param.copy_(self.master.detach())
 
@@ -77,17 +74,6 @@ def deepspeed_sides(n: int) -> dict[str, Callable[[], None]]:
     return {"DeepSpeed, whole path": plain.whole(adam.step), "DeepSpeedCPUAdam, fp32 update alone": adam.step}
 
 
-def ceiling_side(n: int, threads: int, folder: str) -> Callable[[], None]:
-    library = Path(folder) / "stream.so"
-    source = ROOT / "benchmarks" / "stream.cpp"
-    command = ["g++", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    stream = ctypes.CDLL(str(library)).stream
-    tensors = [torch.zeros(n, dtype=d) for d in (torch.int16, torch.int16, torch.float32, torch.float32, torch.int16)]
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    return lambda: (stream(*pointers, ctypes.c_int64(n), ctypes.c_int(threads)), tensors)[0]
-
-
 BYTES = {
     "zerolite": 26,
     "zerolite, 2 sources": 28,
@@ -105,26 +91,25 @@ BYTES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=float, default=64e6)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     n = int(args.elements) // 64 * 64
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     kernels.set_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            "zerolite": zerolite_side(n, 1),
-            "zerolite, 2 sources": zerolite_side(n, 2),
-            "zerolite, 4 sources": zerolite_side(n, 4),
-            "zerolite, bf16 moments": zerolite_side(n, 1, "bf16"),
-            "zerolite, int8 moments": zerolite_side(n, 1, "int8"),
-            "zerolite, int8 moments, 2 sources": zerolite_side(n, 2, "int8"),
-            "read-modify-write loop, same streams": ceiling_side(n, args.threads, folder),
-            "torch AdamW(fused), whole path": torch_side(n),
-            **deepspeed_sides(n),
-        }
-        seconds = interleave(sides, args.rounds, warmup=2)
+    sides = {
+        "zerolite": zerolite_side(n, 1),
+        "zerolite, 2 sources": zerolite_side(n, 2),
+        "zerolite, 4 sources": zerolite_side(n, 4),
+        "zerolite, bf16 moments": zerolite_side(n, 1, "bf16"),
+        "zerolite, int8 moments": zerolite_side(n, 1, "int8"),
+        "zerolite, int8 moments, 2 sources": zerolite_side(n, 2, "int8"),
+        "read-modify-write loop, same streams": native.update(n, args.threads),
+        "torch AdamW(fused), whole path": torch_side(n),
+        **deepspeed_sides(n),
+    }
+    seconds = interleave(sides, args.rounds, warmup=2)
     print(f"\n{n:,} elements, {args.threads} threads, kernels {kernels.kernels_in_use()}, {args.rounds} rounds")
     print(f"{'':40}{'ns a parameter':>27}{'bytes':>8}{'GB/s':>8}{'time against':>14}")
     print(f"{'':40}{'p20':>9}{'p50':>9}{'p80':>9}{'':8}{'':8}{'zerolite':>14}")
@@ -135,7 +120,7 @@ def main() -> None:
         print(f"{name:40}{each[0]:9.3f}{each[1]:9.3f}{each[2]:9.3f}{BYTES[name]:8}{BYTES[name] / each[1]:8.1f}{against:14.2f}")
         rows.append({"benchmark": "update", "side": name, "elements": n, "threads": args.threads, "bytes": BYTES[name]})
         rows[-1].update(ns=each, ratio_to_zerolite=against, samples=values, kernels=kernels.kernels_in_use())
-    print(f"\nstored in {store('update', rows).relative_to(ROOT)}")
+    print(f"\nstored in {shown(store('update', rows))}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The command line: `zerolite plan`."""
+"""The command line: `zerolite plan` and `zerolite bench`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0 where something fits, 1 where nothing does, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(prog="zerolite", description="ZeRO for any PyTorch program by one line.")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:  # has its own options, in the source tree
+        return _bench(given[1:])
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "bench", help="measure beside DDP, FSDP2, DeepSpeed and others (`zerolite bench --help`)", add_help=False
+    )
     options = commands.add_parser(
         "plan",
         help="which stages, offloads and moments fit, and which is the fastest",
@@ -42,12 +51,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--micro-batches", type=int, default=1, metavar="K", help="backward passes before a step (1)")
     options.add_argument("--batch", metavar="BxT", help="token ids of this shape, e.g. 4x1024: adds activations")
     options.add_argument("--json", action="store_true", help="the same as JSON")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(given)
     try:
         return _plan(args)
     except (ValueError, ImportError, OSError) as error:
         print(f"zerolite plan: {error}", file=sys.stderr)
         return 2
+
+
+def _bench(arguments: list[str]) -> int:
+    """Runs the source tree's benchmarks: results belong to a commit, and an installed package has none."""
+    tree = _source_tree([Path(__file__).parent.parent, Path.cwd(), *Path.cwd().parents])
+    if tree is None:
+        print(
+            "zerolite bench: expected a source tree with benchmarks/, found none beside the package or above this folder. An "
+            "installed package has none: unpack or clone the sources, then there `make peers bench` (or `zerolite bench`).",
+            file=sys.stderr,
+        )
+        return 2
+    paths = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.call([sys.executable, "-m", "benchmarks", *arguments], env={**os.environ, "PYTHONPATH": paths})
+
+
+def _source_tree(candidates: Sequence[Path]) -> Path | None:
+    """The first folder that holds zerolite's benchmarks."""
+    marks = ("benchmarks/suite.py", "csrc/bindings.cpp")
+    return next((path for path in candidates if all((path / mark).is_file() for mark in marks)), None)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -1,0 +1,151 @@
+"""The pictures of docs/benchmarks.md, each drawn where there are results for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Row, read
+from benchmarks.systems import ALONE
+
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+WORK = {"zerolite": 20.0, "torch": 20.0, "DeepSpeed": 20.0, "read": 4.0}  # operations an element of an Adam update, about
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Draws what there are results for; returns the paths."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("left out: plots, matplotlib is not installed")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [row for path in sorted(results.glob("step-*.jsonl")) for row in read(path) if row["benchmark"] == "step"]
+    kernels = read(results / "update.jsonl") + read(results / "passes.jsonl")
+    ahead = [row for row in read(results / "scale.jsonl") if row["kind"] == "forecast" and row["fits"]]
+    pictures: list[tuple[str, list[Row], Callable[[Any, list[Row]], None]]] = [
+        ("memory-by-term", [r for r in largest_block(steps) if r.get("bytes_a_parameter") is not None], memory),
+        ("step-by-part", largest_block(steps), parts),
+        ("overhead-against-size", steps if len({r["numel"] for r in steps}) > 1 else [], overhead),
+        ("roofline", kernels if any("peak_flops" in row for row in kernels) else [], roofline),
+        ("scale", ahead, scale),
+    ]
+    drawn = []
+    for name, rows, picture in pictures:
+        if rows:
+            figure, axes = pyplot.subplots(figsize=(9, 5.2))
+            picture(axes, rows)
+            axes.spines[["top", "right"]].set_visible(False)
+            figure.tight_layout()
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=110)
+            pyplot.close(figure)
+    return drawn
+
+
+def largest_block(rows: list[Row]) -> list[Row]:
+    """The rows of the model and world with most systems, the larger model where equal."""
+    blocks: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        blocks.setdefault((row["numel"], row["ranks"]), []).append(row)
+    return max(blocks.values(), key=lambda block: (len(block), block[0]["numel"]), default=[])
+
+
+def title(rows: list[Row]) -> str:
+    return f"{rows[0].get('model', 'GPT-2')}, {rows[0]['numel'] / 1e6:.0f} M parameters, {rows[0]['ranks']} ranks"
+
+
+def memory(axes: Any, rows: list[Row]) -> None:
+    """Planned bytes at rest by term (zerolite), and what was measured at rest and at the peak (all)."""
+    terms = list(dict.fromkeys(term for row in rows for term in (row["plan"] or {})))
+    left = [0.0] * len(rows)
+    for term, colour in zip(terms, COLOURS * 3, strict=False):
+        each = [(row["plan"] or {}).get(term, 0) / row["numel"] for row in rows]
+        axes.barh(range(len(rows)), each, 0.6, left=left, color=colour, label=f"planned: {term}")
+        left = [a + b for a, b in zip(left, each, strict=True)]
+    axes.plot([row["bytes_a_parameter"] for row in rows], range(len(rows)), "k|", markersize=14, label="measured at rest")
+    axes.plot([row["peak_a_parameter"] for row in rows], range(len(rows)), "kx", label="measured peak")
+    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes a parameter and rank, above the process before the model (shared pages once)")
+    axes.set_title(title(rows), fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def parts(axes: Any, rows: list[Row]) -> None:
+    """Forward, backward and update as bars, communication within them as a thin one below."""
+    left = [0.0] * len(rows)
+    for phase, colour in zip(("forward", "backward", "update"), COLOURS, strict=False):
+        each = [row[phase] * 1e3 for row in rows]
+        axes.barh(range(len(rows)), each, 0.5, left=left, color=colour, label=phase)
+        left = [a + b for a, b in zip(left, each, strict=True)]
+    if any("communication" in row for row in rows):
+        places = [place + 0.36 for place in range(len(rows))]
+        label = "of which communication is under way"
+        axes.barh(places, [row.get("communication", 0.0) * 1e3 for row in rows], 0.18, color=COLOURS[7], label=label)
+    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a step, median")
+    axes.set_title(title(rows), fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def overhead(axes: Any, rows: list[Row]) -> None:
+    """Overhead of each system against the number of parameters; one line style a world."""
+    systems = [name for name in dict.fromkeys(row["system"] for row in rows) if name != ALONE]
+    for world, style in zip(sorted({row["ranks"] for row in rows}), ("-", "--", ":", "-."), strict=False):
+        for name, colour in zip(systems, COLOURS * 4, strict=False):
+            each = sorted((r["numel"], r["overhead"] * 1e3) for r in rows if r["system"] == name and r["ranks"] == world)
+            points = [point for point in each if point[1] > 0]
+            if points:
+                marker = "o" if name.startswith("zerolite") else "s"
+                axes.plot(
+                    *zip(*points, strict=True), style, marker=marker, color=colour, label=f"{name} x{world}", markersize=4
+                )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("overhead, ms a step")
+    axes.legend(frameon=False, fontsize=6, ncols=2)
+
+
+def roofline(axes: Any, rows: list[Row]) -> None:
+    """Operations a second against operations a byte, under the measured ceilings."""
+    peak = max(row["peak_flops"] for row in rows if "peak_flops" in row)
+    ceilings = [row for row in rows if row["side"].startswith("ceiling")]
+    xs = [2.0**k for k in range(-6, 9)]
+    for row, style in zip(ceilings, ("-", "--", ":"), strict=False):
+        speed = row["bytes"] / row["ns"][1] * 1e9
+        axes.plot(
+            xs, [min(peak, x * speed) / 1e9 for x in xs], style, color="0.4", label=f"{row['side']}, {speed / 1e9:.0f} GB/s"
+        )
+    for number, row in enumerate(row for row in rows if not row["side"].startswith("ceiling")):
+        work = row.get("flops", WORK.get(row["side"].split()[0].split("-")[0].rstrip(","), 20.0))
+        if work:
+            x, y = work / row["bytes"], work / row["ns"][1]
+            mark = "o" if row["side"].startswith(("zerolite", "pack", "average", "square")) else "s"
+            axes.plot(x, y, mark, color=(COLOURS * 3)[number], label=row["side"], markersize=6)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte (about 20 an element of an Adam update)")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend(frameon=False, fontsize=6, ncols=2)
+
+
+def scale(axes: Any, rows: list[Row]) -> None:
+    """Forecast: tokens a second and rank, between no overlap and full overlap."""
+    for name, colour in zip(dict.fromkeys(row["model"] for row in rows), COLOURS, strict=False):
+        mine = [row for row in rows if row["model"] == name]
+        worlds = [row["ranks"] for row in mine]
+        low, high = ([row["tokens"] / row[kind] for row in mine] for kind in ("serial", "overlapped"))
+        axes.fill_between(worlds, low, high, color=colour, alpha=0.3, label=name)
+        axes.plot(worlds, low, color=colour, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("tokens a second and rank, no overlap to full overlap")
+    axes.set_title(f"Forecast, not measured: {rows[0]['hardware']}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)

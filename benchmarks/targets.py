@@ -1,0 +1,85 @@
+"""The project's targets, beside what was measured: a missed one is named with its figure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from benchmarks.harness import Row
+
+DEEPSPEED, DDP, PEAK, FIRST = 1 / 6, 1 / 2, 1 / 2, 1 / 2  # at most
+EXACT, INT8 = 2.0, 3.0  # at least
+
+
+@dataclass(frozen=True)
+class Target:
+    """One ratio and its bound."""
+
+    system: str
+    of: str  # which of its figures, and whose it is divided by
+    figure: float
+    bound: float
+    least: bool = False  # at least the bound; else at most
+
+    @property
+    def met(self) -> bool:
+        return self.figure >= self.bound if self.least else self.figure <= self.bound
+
+    def __str__(self) -> str:
+        word = "at least" if self.least else "at most"
+        return f"{self.system}: {self.of} {self.figure:.2f} ({word} {self.bound:.2f})"
+
+
+def stage_of(system: str) -> int | None:
+    """The ZeRO stage in a system's name."""
+    found = re.match(r"(?:zerolite|DeepSpeed) (\d)", system)
+    return int(found[1]) if found else None
+
+
+def best(rows: list[Row], metric: str, start: str, stage: int | None = None) -> Row | None:
+    """The row with the least `metric` of the systems whose names begin with `start`, of one stage."""
+    among = [row for row in rows if row["system"].startswith(start) and stage in (None, stage_of(row["system"]))]
+    return min((row for row in among if row.get(metric)), key=lambda row: row[metric], default=None)
+
+
+def of_steps(rows: list[Row]) -> list[Target]:
+    """Targets of the rows of one model at one world size; offload and rounded moments are compared alike."""
+    found: list[Target] = []
+    rows = [row for row in rows if row["benchmark"] == "step"]
+    ddp = best(rows, "overhead", "DDP")
+    for row in rows:
+        name, stage = row["system"], stage_of(row["system"])
+        if not name.startswith("zerolite") or stage is None:
+            continue
+        pairs = [("overhead", best(rows, "overhead", "DeepSpeed", stage), DEEPSPEED), ("overhead", ddp, DDP)]
+        pairs += [
+            ("peak", best(rows, "peak", "DeepSpeed", stage), PEAK),
+            ("first", best(rows, "first", "DeepSpeed", stage), FIRST),
+        ]
+        for metric, peer, bound in pairs:
+            if peer is not None and peer[metric] > 0 and stage > 0:
+                words = {"first": "first step", "peak": "peak memory"}.get(metric, metric)
+                found.append(Target(name, f"{words} of {peer['system']}'s", row[metric] / peer[metric], bound))
+    return found
+
+
+def of_largest(rows: list[Row]) -> list[Target]:
+    """Targets of the largest models at two ranks: the best exact system and the best with int8 moments, of DeepSpeed's best."""
+    rows = [row for row in rows if row["benchmark"] == "largest" and row["ranks"] == 2 and row["numel"]]
+    peers = [row for row in rows if row["system"].startswith("DeepSpeed")]
+    found: list[Target] = []
+    for rounded, bound in ((False, EXACT), (True, INT8)):
+        ours = [r for r in rows if r["system"].startswith("zerolite") and ("moments" in r["system"]) == rounded]
+        if peers and ours:
+            most, peer = max(ours, key=lambda r: r["numel"]), max(peers, key=lambda r: r["numel"])
+            of = f"largest model, of {peer['system']}'s"
+            found.append(Target(most["system"], of, most["numel"] / peer["numel"], bound, least=True))
+    return found
+
+
+def missed(targets: list[Target]) -> str:
+    """A line that names the targets that are missed; empty where there are none to compare."""
+    if not targets:
+        return ""
+    late = [str(target) for target in targets if not target.met]
+    return f"\nTargets missed in this run: {'; '.join(late)}.\n" if late else f"\nAll {len(targets)} targets are met.\n"

@@ -1,0 +1,323 @@
+"""The benchmarks' own arithmetic and text: nothing here measures, but for one run of two tiny systems."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import compare, construct, harness, largest, report, scale, step, suite, systems, tables, targets
+from benchmarks.models import MODELS, Shape
+from benchmarks.progress import Progress
+from zerolite import cli
+
+CONDITIONS = {"cpu": "a <b>", "cores": 2, "versions": {"torch": "2"}, "commit": "abc", "command": "python -m benchmarks"}
+
+
+def row(system, overhead=0.1, **values):
+    times = {"forward": 0.1, "backward": 0.2, "update": overhead, "communication": 0.05, "step": 0.3 + overhead}
+    memory = {"peak": 2 << 30, "base": 1 << 30, "rest": 1 << 30, "bytes_a_parameter": 9.0, "plan": None}
+    found = {"benchmark": "step", "system": system, "model": "gpt2-5M", "ranks": 2, "numel": 5_000_000, "overhead": overhead}
+    found |= {
+        "first": 1.0,
+        "loss": 8.5,
+        "wire": 1e6,
+        "steps": [0.3, 0.4, 0.5],
+        "tokens_a_second": 1000.0,
+        "conditions": CONDITIONS,
+    }
+    return {**found, **times, **memory, **values}
+
+
+def test_quantiles():
+    assert harness.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert harness.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2) and harness.quantile([7.0], 0.8) == 7.0
+    assert harness.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 10) == pytest.approx([20, 35, 50])
+    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+
+
+def test_the_union_of_intervals():
+    assert step.union([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4 and step.union([]) == 0
+
+
+def test_a_summary_has_medians_and_every_sample():
+    def run(scale_):
+        times = {phase: [scale_, 2 * scale_, 3 * scale_] for phase in step.PHASES}
+        found = {"times": times, "communication": 0.5, "first": 1.0, "build": 0.5, "losses": [9.0, 8.0], "peak": 5 << 20}
+        return {
+            **found,
+            "base": 1 << 20,
+            "rest": 3 << 20,
+            "device_peak": None,
+            "device_rest": None,
+            "plan": None,
+            "settings": {},
+        }
+
+    shape = Shape("small", 1, 10, 1, 256)
+    found = step.summary("x", shape, 2, [run(9), run(1), run(2)], [run(9), run(0.5), run(0.5)])
+    assert found["numel"] == 1000 and found["step"] == 9 and found["overheads"] == [3, 9] and found["overhead"] == 6
+    assert found["bytes_a_parameter"] == (2 << 20) / 2 / 1000 and found["loss"] == 8.0 and len(found["samples"]) == 2
+    assert found["steps"] == pytest.approx([6, 7.5, 12]) and found["tokens_a_second"] == 128 * 2 / 9
+
+
+def test_systems_are_left_out_by_name_with_a_reason(monkeypatch):
+    monkeypatch.setattr(systems, "find_spec", lambda name: None)
+    names, missing = systems.choose(None, 2, cuda=False, core=False)
+    assert names[0] == systems.ALONE and "zerolite 2" in names and not any(name.startswith("DeepSpeed") for name in names)
+    assert missing["DeepSpeed 2"] == "deepspeed is not installed (make peers)" and missing["FlashOptim"] == "needs a GPU"
+    assert systems.choose(None, 2, True, False)[1]["FlashOptim"] == "flashoptim is not installed"
+    monkeypatch.setattr(systems, "find_spec", lambda name: object())
+    assert systems.choose(None, 2, True, False)[1]["FlashOptim"] == "runs on one rank only"
+    assert systems.choose("zerolite 2,DDP", 2, False, False)[0] == [systems.ALONE, "DDP + AdamW(fused)", "zerolite 2"]
+    assert len([n for n in systems.choose("DeepSpeed", 2, False, False)[0] if n.startswith("DeepSpeed")]) == 8
+    with pytest.raises(ValueError, match=r"expected some of .*got \['nothing'\]"):
+        systems.choose("nothing", 2, False, False)
+
+
+def test_a_failing_system_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
+    def launch(system, shape, ranks, steps, **_):
+        if system == "DDP + AdamW(fused)":
+            return "ImportError: no such thing"
+        times = {phase: [0.1] * steps for phase in step.PHASES}
+        found = {"times": times, "communication": 0.0, "first": 1.0, "build": 0.5, "losses": [9.0], "peak": 5, "base": 1}
+        return {**found, "rest": 3, "device_peak": None, "device_rest": None, "plan": None, "settings": {"key": 1}}
+
+    monkeypatch.setattr(suite, "launch", launch)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    block = suite.Block("small-10k", 2, False, 1, 2, systems="DDP,zerolite 1,FlashOptim")
+    out = io.StringIO()
+    path = suite.run_block(block, "cpu", Progress([1.0] * 6, out))
+    rows = harness.read(path)
+    assert [r["benchmark"] for r in rows] == ["step", "step", "skipped", "failed"]
+    assert rows[3]["why"] == "ImportError: no such thing" and "DDP + AdamW(fused) failed" in out.getvalue()
+    assert all(r["model"] == "small-10k" and r["conditions"]["commit"] for r in rows)
+    page = report.text(tmp_path)
+    assert "Left out: FlashOptim (needs a GPU); DDP + AdamW(fused) (ImportError: no such thing)." in page
+    monkeypatch.setattr(suite, "commit", lambda: rows[0]["conditions"]["commit"].removesuffix("+changes"))
+    for r in rows:
+        r["conditions"]["commit"] = suite.commit()
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert suite.measured(block) and not suite.measured(suite.Block("small-10k", 2, False, 1, 3))
+
+
+def test_the_preset_and_options_make_blocks():
+    blocks, parts = suite.selection(suite.parse(["--preset", "full"]))
+    assert {(b.model, b.world) for b in blocks} == {(m, w) for m in MODELS for w in (1, 2, 4)} and set(parts) == set(
+        suite.PARTS
+    )
+    blocks, parts = suite.selection(
+        suite.parse(["--models", "gpt2-5M", "--worlds", "1,4", "--rounds", "1", "--systems", "DDP"])
+    )
+    assert [(b.model, b.world, b.rounds, b.systems) for b in blocks] == [("gpt2-5M", w, 1, "DDP") for w in (1, 4)] and not parts
+    assert suite.selection(suite.parse(["--parts", "update"])) == ([], ["update"])
+    with pytest.raises(SystemExit):
+        suite.parse(["--models", "gpt5"])
+
+
+def test_progress_tells_how_long_is_left():
+    out, clock = io.StringIO(), iter([0.0, 10.0])
+    progress = Progress([1.0, 3.0], out, lambda: next(clock))
+    progress.next("first")
+    progress.next("second")
+    assert "0/2 first" in out.getvalue() and "1/2 second, 30 s left" in out.getvalue()
+
+
+@pytest.mark.parametrize("true", [0, 1, 2, 7, 50, 333, 4096, 9999])
+@pytest.mark.parametrize("start", [1, 5, 64, 20_000])
+def test_bisection(true, start):
+    asked = []
+
+    def fits(size):
+        assert size not in asked
+        asked.append(size)
+        return size <= true
+
+    found = largest.bisect(fits, start)
+    assert found <= true and min(true, 4096) - found <= max(found * 0.04, 1)
+    assert len(asked) <= 24 and (found == 0 or found in asked)
+
+
+def test_the_search_tells_the_limit_from_a_failure(monkeypatch):
+    class Args:
+        ranks, width, device, timeout, start, tolerance = 2, 64, "cpu", 1.0, 8, 0.04
+
+    def launch(system, shape, ranks, steps, limit, **_):
+        if system == "broken":
+            return "RuntimeError: no"
+        if shape.layers > 11:
+            raise harness.OverLimit(limit + 1)
+        return {"peak": limit - 1, "losses": [8.0], "settings": {}}
+
+    monkeypatch.setattr(largest, "launch", launch)
+    good, bad = largest.search(["fine", "broken"], Args, 1000)
+    assert good["layers"] in (10, 11) and good["best"]["loss"] == 8.0 and not all(t["fits"] for t in good["trials"])
+    assert bad["benchmark"] == "failed" and bad["why"] == "RuntimeError: no"
+    assert good["numel"] == largest.count(good["layers"], 64)
+    assert largest.count(3, 64) == largest.grown(3, 64).count()
+
+
+def test_targets_name_what_is_missed():
+    rows = [row("DDP + AdamW(fused)", 0.2), row("DeepSpeed 2", 0.6), row("DeepSpeed 2 + offload", 0.5, first=4.0)]
+    rows += [row("zerolite 2", 0.09, peak=1 << 30), row("zerolite 3", 0.01)]
+    found = {str(target): target.met for target in targets.of_steps(rows)}
+    assert found["zerolite 2: overhead of DeepSpeed 2 + offload's 0.18 (at most 0.17)"] is False
+    assert found["zerolite 2: overhead of DDP + AdamW(fused)'s 0.45 (at most 0.50)"] is True
+    assert found["zerolite 2: peak memory of DeepSpeed 2's 0.50 (at most 0.50)"] is True
+    assert found["zerolite 2: first step of DeepSpeed 2's 1.00 (at most 0.50)"] is False
+    assert len([name for name in found if name.startswith("zerolite 3")]) == 1  # no peer at stage 3: DDP alone
+    text = targets.missed(targets.of_steps(rows))
+    assert text.startswith("\nTargets missed in this run: zerolite 2: overhead of DeepSpeed 2 + offload's 0.18")
+
+    def large(system, numel):
+        return {"benchmark": "largest", "system": system, "ranks": 2, "numel": numel}
+
+    found = targets.of_largest([large("DeepSpeed 3", 10), large("zerolite 3", 21), large("zerolite 3 + int8 moments", 29)])
+    assert [(t.figure, t.met) for t in found] == [(2.1, True), (2.9, False)]
+
+
+def test_the_table_has_every_system_and_the_figures():
+    text = tables.step([[row(systems.ALONE, 0.0), row("DDP + AdamW(fused)", 0.2), row("zerolite 2", 0.05)]])
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert re.search(
+        r"\| zerolite 2 \| 100 \| 200 \| 50 \| 50 \| 350 \| .*\| 50 \| 0.25 \| 1000 \| 1,000 \| 2048 \| 9.00", text
+    )
+    assert "of DeepSpeed's best" not in text  # an empty column is left out
+
+
+class Checker(HTMLParser):
+    """Counts open tags, and keeps what loads from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.outside = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.outside += [value for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.outside += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_comparison_is_one_escaped_page():
+    a = [row("zerolite 2", 0.2), row("only <here>"), {"benchmark": "skipped", "system": "S&T", "why": "<i>no</i>"}]
+    b = [row("zerolite 2", 0.1, conditions={**CONDITIONS, "commit": "<script>alert(1)</script>"})]
+    text = compare.page(a, b, ("<old>", "new"))
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open and not checker.outside
+    assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;old&gt;" in text
+    assert "left out of A: S&amp;T: &lt;i&gt;no&lt;/i&gt;" in text and "only &lt;here&gt;" in text
+    assert '<td class="better">0.500</td>' in text and "a &lt;b&gt;" in text
+    with pytest.raises(ValueError, match="in common, got none"):
+        compare.page(a[:1], [row("zerolite 3")], ("a", "b"))
+
+
+def test_stored_results_become_a_page_and_compare_with_themselves():
+    results = Path(harness.ROOT) / "benchmarks" / "results"
+    page = report.text(results)
+    assert "## The host update" in page and "## A training step" in page
+    rows = harness.read(results)
+    assert "1.000" in compare.page(rows, rows, ("a", "a"))
+
+
+# ---- scale
+
+
+def test_the_fit_finds_coefficients_and_never_negative_ones():
+    assert scale.fit([[1, 0], [1, 1], [2, 3]], [2.0, 5.0, 13.0]) == pytest.approx([2.0, 3.0])
+    assert scale.fit([[1, 1], [1, 2]], [2.0, 1.0])[1] == 0.0
+
+
+def test_a_world_is_predicted_from_the_others_where_the_formulas_hold():
+    rows = []
+    for n in (1, 2, 4):
+        alone = 0.2 * n / 2 + 0.1 * max(1, n / 2)
+        over = 0.05 + 0.01 * (n - 1)
+        memory = {"peak": 100 * n + 40, "rest": 80 * n + 30, "ranks": n}
+        rows.append(row(systems.ALONE, 0.0, **memory) | {"step": alone})
+        rows.append(row("zerolite 2", over, **memory) | {"step": alone + over})
+        rows.append(row("DDP + AdamW(fused)", 0.1 * n, **memory) | {"step": alone + 0.1 * n})
+    found = [{**r, "conditions": CONDITIONS} for r in scale.calibrate(rows)]
+    assert len(found) == 9 and {tuple(r["known"]) for r in found} == {(1, 2), (1, 4), (2, 4)}
+    told = [r for r in found if 1 in r["known"]]
+    assert len(told) == 6 and max(abs(error) for r in told for error in r["errors"].values()) < 1e-6
+    assert "18 of 18 predictions lie within 10 %" in tables.scale(told)
+    alone = next(r for r in found if r["known"] == [2, 4] and r["system"] == systems.ALONE)
+    assert alone["predicted"]["step"] == pytest.approx(0.15)  # of 0.2: as if the threads of one rank scaled perfectly
+    assert not scale.calibrate([r for r in rows if r["ranks"] != 4])
+
+
+def test_the_forecast_follows_its_formulas():
+    hw = scale.Hardware("h", 1e12, 80e9, 1e12, 1e9, 1e8, 1e9, here=8, mfu=0.5, latency=0.0)
+    found = scale.seconds(hw, 1e9, 16, 1000, 2, None)
+    assert found["compute"] == pytest.approx(8 * 1e9 * 1000 / 0.5e12)
+    assert found["exchange"] == found["publish"] == pytest.approx(2e9 * 8 / 16 / 1e8)  # the network is the slower way
+    assert found["update"] == pytest.approx(1e9 / 16 * (24 + 32) / 1e12)
+    assert found["serial"] == pytest.approx(sum(found[k] for k in ("compute", "exchange", "publish", "update")))
+    assert found["overlapped"] == pytest.approx(max(found["compute"], 2 * found["exchange"]) + found["update"])
+    assert scale.seconds(hw, 1e9, 16, 1000, 3, None)["publish"] == pytest.approx(2 * found["publish"])
+    assert scale.seconds(hw, 1e9, 8, 1000, 2, None)["exchange"] == pytest.approx(2e9 * 7 / 8 / 1e9)  # within a host
+    (ahead,) = scale.forecast(scale.HARDWARE["H100"], 4096, ["llama-2-7b"], [64])
+    assert ahead["fits"] and ahead["stage"] == 1 and 2 * ahead["numel"] < ahead["device"] < 80e9
+
+
+# ---- construction
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_rank_of_a_large_world_is_built_and_owns_its_part(stage, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", Shape("small", 1, 50, 1, 256))
+    found = construct.construct("tiny", stage, 24, 1, Progress([1.0] * 24, io.StringIO()))
+    assert found["built"] == 24 and found["covered"] and found["numel"] == 5000 and len(found["samples"]) == 24
+
+
+def test_a_gap_and_an_overlap_are_found():
+    construct.check({"w": [(4, 6), (0, 4)]}, {"w": 6})
+    for ranges in ([(0, 4), (5, 6)], [(0, 4), (3, 6)], [(0, 4)]):
+        with pytest.raises(AssertionError):
+            construct.check({"w": ranges}, {"w": 6})
+
+
+# ---- the command
+
+
+def test_the_command_finds_the_tree_or_says_where_to_get_it(tmp_path, monkeypatch, capsys):
+    assert cli._source_tree([tmp_path, harness.ROOT]) == harness.ROOT
+    monkeypatch.setattr(cli, "_source_tree", lambda candidates: None)
+    assert cli.main(["bench", "--preset", "quick"]) == 2
+    assert "make peers bench" in capsys.readouterr().err
+
+
+def test_the_list_names_every_command_model_and_system():
+    command = [sys.executable, "-m", "zerolite", "bench", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=harness.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in [*MODELS, *systems.all_systems(), "compare", "largest", "standard"])
+
+
+@pytest.mark.timeout(300)
+def test_a_real_run_of_two_ranks_has_every_figure():
+    shape = Shape("small", 2, 64, 1, 256)
+    found = step.launch("zerolite 2", shape, 2, 2, warmup=1, timeout=200)
+    assert isinstance(found, dict), found
+    assert all(len(found["times"][phase]) == 2 for phase in step.PHASES) and len(found["losses"]) == 1 + 2
+    assert found["communication"] > 0 and found["base"] > 0 and found["rest"] > 0 and found["first"] >= found["build"]
+    assert found["wire"] is None or found["wire"] > 0
+    assert found["settings"]["stage"] == 2 and found["settings"]["chosen"].startswith("stage 2")
+    with pytest.raises(harness.OverLimit):
+        step.launch("zerolite 2", shape, 2, 1, limit=50 << 20, timeout=200)
