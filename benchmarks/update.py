@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import native
 from zerolite import kernels
+from zerolite.buffer import Room
 from zerolite.kernels.reference import split_
 from zerolite.moments import MOMENTS
 from zerolite.update import adam_row
