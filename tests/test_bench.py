@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import compare, construct, harness, largest, report, scale, step, suite, systems, tables, targets
-from benchmarks.models import MODELS, Shape
+from benchmarks.models import KNOWN, MODELS, Shape
 from benchmarks.progress import Progress
 from zerolite import cli
 
@@ -281,7 +281,7 @@ def test_the_forecast_follows_its_formulas():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_rank_of_a_large_world_is_built_and_owns_its_part(stage, monkeypatch):
-    monkeypatch.setitem(MODELS, "tiny", Shape("small", 1, 50, 1, 256))
+    monkeypatch.setitem(KNOWN, "tiny", Shape("small", 1, 50, 1, 256))
     found = construct.construct("tiny", stage, 24, 1, Progress([1.0] * 24, io.StringIO()))
     assert found["built"] == 24 and found["covered"] and found["numel"] == 5000 and len(found["samples"]) == 24
 

@@ -68,6 +68,8 @@ def test_the_wheel_holds_the_native_library(source, tmp_path):
     names = zipfile.ZipFile(path).namelist()
     for name in ("zerolite/kernels/_native.so", "zerolite/py.typed", "zerolite/comm/group.py"):
         assert name in names
+    modules = {path.relative_to(source).as_posix() for path in (source / "zerolite").rglob("*.py")}
+    assert modules <= set(names), modules - set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     zipfile.ZipFile(path).extractall(tmp_path / "site")
     result = run(tmp_path / "site", USE)
