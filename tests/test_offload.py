@@ -542,3 +542,83 @@ def test_a_rank_that_dies_is_an_error_on_the_others(connect):
     first, second = outcomes(2, _die, timeout=20, env=env)
     assert second == ("died", 3) and first[0] == "error" and first[1][0] == "RankError", first
     assert time.monotonic() - start < 60
+
+
+# ---- found in review
+
+
+@pytest.mark.parametrize("stage,offload", [(1, "states"), (2, "states"), (3, "states"), (3, "all")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_writes_in_full_params_are_what_the_next_forward_and_the_master_have(device, stage, offload, world):
+    def body(comm, way):
+        model, optimizer = make(Run(stage=stage, offload=way, dtype=torch.bfloat16, bucket_mb=2e-3), comm)
+        losses = []
+        for step in range(3):
+            loss = loss_of(model, tokens_for(step, 0, comm.rank))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with optimizer.full_params():
+                for p in model.parameters():
+                    p.mul_(0.5)
+            losses.append(loss.item())
+        return losses, {name: value.clone() for name, value in model.state_dict().items()}
+
+    expected = on_threads(world, body, None)
+    device("3:2")
+    assert equal(on_threads(world, body, offload), expected)
+
+
+def test_gradients_that_were_cleared_leave_nothing_behind(device):
+    """Sums of further rounds are added by a worker, perhaps after zero_grad()."""
+
+    def body():
+        model, optimizer = make(Run(stage=2, offload="states", dtype=torch.bfloat16, bucket_mb=1e-3), LocalComm())
+        for step in range(3):
+            for micro in range(3):
+                loss_of(model, tokens_for(step, micro, 0)).backward()
+            optimizer.zero_grad()
+            for micro in range(2):
+                loss_of(model, tokens_for(step, micro, 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    device("0")
+    expected = body()
+    for seed in range(4):
+        device(f"{seed}:4")
+        assert equal(body(), expected), seed
+
+
+def test_a_failure_while_parameters_are_published_wakes_everyone(device):
+    device("0")
+    model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+
+    def fail(*_):
+        raise RuntimeError("no bus")
+
+    optimizer._trained[1].publish = fail
+    with pytest.raises(RuntimeError, match="an offloaded update failed .*no bus"):
+        optimizer.step()
+        loss_of(model, tokens_for(1, 0, 0))
+    with pytest.raises(RuntimeError, match="an offloaded update failed"):
+        optimizer.state_dict()
+
+
+def test_a_model_dropped_with_an_update_under_way_is_garbage(device):
+    import gc
+    import weakref
+
+    device("1:5")
+    model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    seen = weakref.ref(model), weakref.ref(optimizer._trained[0])
+    del model, optimizer
+    deadline = time.monotonic() + 20
+    while any(ref() is not None for ref in seen) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert [ref() for ref in seen] == [None, None]

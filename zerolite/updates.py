@@ -273,10 +273,15 @@ class Apart:
                     return
                 first = self._order.popleft()
                 self._ready.discard(first)
-            first.bucket.publish(self.comm, first.after, first.up)
-            first.bucket.finish_publish()
-            first.arrived = self.link.now()
-            first.job.done.set()
+            try:
+                first.bucket.publish(self.comm, first.after, first.up)
+                first.bucket.finish_publish()
+                first.arrived = self.link.now()
+            except BaseException as error:
+                self.failure.error = error
+                raise
+            finally:
+                first.job.done.set()
 
 
 def _poison(bucket: Bucket) -> None:

@@ -13,6 +13,9 @@ import weakref
 from collections.abc import Callable
 
 
+_LOOK = 0.5  # seconds between looks at what else went wrong
+
+
 class Failure:
     """What went wrong in any of several workers: after it nothing more is done, because what follows depends on it."""
 
@@ -44,7 +47,8 @@ class Job:
                     "this process was forked while an update was under way, which goes on in the parent alone. Read a "
                     "parameter (any of them) before the fork, or build with overlap=False."
                 )
-            self.done.wait()
+            while not self.done.wait(_LOOK):
+                self.failure.check()  # it may never have been begun
         self.failure.check()
 
     def sync(self) -> None:
