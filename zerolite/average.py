@@ -192,11 +192,13 @@ class Far:
         return self.kept[dtype]
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
+        self.last.sync()
         return self._room(dtype).zero_()
 
     def clear(self, keep: bool) -> None:
         self.value = self.squares = None
-        self.last, self.coming = self.coming, Reached()
+        if not isinstance(self.coming, Reached):
+            self.last, self.coming = self.coming, Reached()
 
     def held(self) -> list[Tensor]:
         return list(self.kept.values())

@@ -202,7 +202,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
-        built = self._parts
+        built = self._settled
         present = built.grads.settle_step()
         return {entry.name: built.grads.read(entry) for entry in built.entries if present[entry.index]}
 

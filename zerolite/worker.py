@@ -11,7 +11,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-
+from typing import Any
 
 _LOOK = 0.5  # seconds between looks at what else went wrong
 
@@ -54,6 +54,10 @@ class Job:
     def sync(self) -> None:
         """As a Mark."""
         self.wait()
+
+    def meet(self, other: Any) -> None:
+        """As a Mark: what a worker does, it waits for by itself."""
+        other.wait()
 
 
 class Worker:
