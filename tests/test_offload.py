@@ -624,6 +624,7 @@ def test_a_model_dropped_with_an_update_under_way_is_garbage(device):
     model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
     loss_of(model, tokens_for(0, 0, 0)).backward()
     optimizer.step()
+    optimizer.zero_grad()
     seen = weakref.ref(model), weakref.ref(optimizer._trained[0])
     del model, optimizer
     deadline = time.monotonic() + 20
