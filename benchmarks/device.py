@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -246,7 +247,11 @@ def main() -> None:
     rows: list[Row] = []
     for part in (lambda: kernel_rows(device, n, args.rounds), lambda: bus_rows(device, n, args.rounds)):
         rows += part()
-    rows += [found for way in WAYS for found in step_rows(device, args.model, args.rounds, way)]
+    for way in WAYS:
+        rows += step_rows(device, args.model, args.rounds, way)
+        gc.collect()  # a model and its optimizer are a cycle
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
     for found in rows:
         show(found)
     if args.device == "cuda":  # figures of a CPU that plays a device mean nothing

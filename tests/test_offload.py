@@ -23,6 +23,7 @@ from zerolite.buffer.simulated import Simulated
 from zerolite.comm.local import LocalComm
 from zerolite.pending import PendingParameter
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WAYS = [{"update": "host"}, {"update": "stream"}, {"update": "auto"}, {"overlap": False}, {"resident": 0.5}]
 
 
@@ -48,11 +49,19 @@ def variants(run: Run):
 
 @pytest.mark.parametrize(
     "world,dtype",
-    [(1, torch.bfloat16), (2, torch.bfloat16), (3, torch.bfloat16), (1, torch.float16), (2, torch.float16), (1, None), (2, None)],
+    [
+        (1, torch.bfloat16),
+        (2, torch.bfloat16),
+        (3, torch.bfloat16),
+        (1, torch.float16),
+        (2, torch.float16),
+        (1, None),
+        (2, None),
+    ],
 )
 @pytest.mark.parametrize("micro,clip", [(1, 0.5), (3, None)])
 def test_same_bits_with_and_without_offload(device, world, micro, clip, dtype):
-    run = Run(dtype=dtype, micro=micro, clip=clip, bucket_mb=2e-3, steps=3)
+    run = Run(dtype=DTYPES[dtype], micro=micro, clip=clip, bucket_mb=2e-3, steps=3)
     expected = on_threads(world, train_on, run)
     device("1:0.5")
     for variant in variants(run):
@@ -271,7 +280,7 @@ def test_a_failed_update_is_raised_at_the_next_call(device):
         with pytest.raises(RuntimeError, match=r"an offloaded update failed .*no such kernel.*checkpoint"):
             optimizer.step()  # perhaps it has failed before this returns
             call(model, optimizer)
-        with pytest.raises(RuntimeError, match="an offloaded update failed"):
+        with pytest.raises(RuntimeError, match=r"an offloaded update failed"):
             optimizer.zero_grad()
 
 
@@ -542,3 +551,120 @@ def test_a_rank_that_dies_is_an_error_on_the_others(connect):
     first, second = outcomes(2, _die, timeout=20, env=env)
     assert second == ("died", 3) and first[0] == "error" and first[1][0] == "RankError", first
     assert time.monotonic() - start < 60
+
+
+# ---- found in review
+
+
+@pytest.mark.parametrize("stage,offload", [(1, "states"), (2, "states"), (3, "states"), (3, "all")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_writes_in_full_params_are_what_the_next_forward_and_the_master_have(device, stage, offload, world):
+    def body(comm, way):
+        model, optimizer = make(Run(stage=stage, offload=way, dtype=torch.bfloat16, bucket_mb=2e-3), comm)
+        losses = []
+        for step in range(3):
+            loss = loss_of(model, tokens_for(step, 0, comm.rank))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with optimizer.full_params():
+                for p in model.parameters():
+                    p.mul_(0.5)
+            losses.append(loss.item())
+        return losses, {name: value.clone() for name, value in model.state_dict().items()}
+
+    expected = on_threads(world, body, None)
+    device("3:2")
+    assert equal(on_threads(world, body, offload), expected)
+
+
+def test_gradients_that_were_cleared_leave_nothing_behind(device):
+    """Sums of further rounds are added by a worker, perhaps after zero_grad()."""
+
+    def body():
+        model, optimizer = make(Run(stage=2, offload="states", dtype=torch.bfloat16, bucket_mb=1e-3), LocalComm())
+        for step in range(3):
+            for micro in range(3):
+                loss_of(model, tokens_for(step, micro, 0)).backward()
+            optimizer.zero_grad()
+            for micro in range(2):
+                loss_of(model, tokens_for(step, micro, 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    device("0")
+    expected = body()
+    for seed in range(4):
+        device(f"{seed}:4")
+        assert equal(body(), expected), seed
+
+
+def test_a_failure_while_parameters_are_published_wakes_everyone(device):
+    device("0")
+    model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+
+    def fail(*_):
+        raise RuntimeError("no bus")
+
+    optimizer._trained[1].publish = fail
+    with pytest.raises(RuntimeError, match=r"an offloaded update failed .*no bus"):
+        optimizer.step()
+        loss_of(model, tokens_for(1, 0, 0))
+    with pytest.raises(RuntimeError, match=r"an offloaded update failed"):
+        optimizer.state_dict()
+
+
+def test_a_model_dropped_with_an_update_under_way_is_garbage(device):
+    import gc
+    import weakref
+
+    device("1:5")
+    model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    seen = weakref.ref(model), weakref.ref(optimizer._trained[0])
+    del model, optimizer
+    deadline = time.monotonic() + 20
+    while any(ref() is not None for ref in seen) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert [ref() for ref in seen] == [None, None]
+
+
+def test_plain_ranks_with_devices_use_the_group_whatever_connects_them():
+    run = Run(stage=1, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=1e-3)
+    expected = on_processes(2, _train_group, run, env={"ZEROLITE_SHARED": "0"})
+    env = {"ZEROLITE_SIMULATE": "3:1", "ZEROLITE_CONNECT": "memory"}
+    for stage, more in ((1, ()), (2, (("resident", 0.5),))):
+        offload = "states" if more else None
+        found = on_processes(2, _train_pinned, replace(run, stage=stage, offload=offload, more=more), env=env)
+        assert equal([result for result, _ in found], expected) and not any(connected for _, connected in found)
+
+
+def test_gradients_read_after_a_step_wait_for_it(device):
+    """zero_grad(set_to_none=False) and a read make a new average in memory that the update under way reads."""
+
+    def body(overlap):
+        model, optimizer = make(Run(offload="states", bucket_mb=1e-3, more=(("overlap", overlap),)), LocalComm())
+        for step in range(3):
+            loss_of(model, tokens_for(step, 0, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            assert not model.norm.weight.grad.clone().any() and not any(g.any() for g in optimizer.full_grads().values())
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    device("2:8")
+    assert equal(body(True), body(False))
+
+
+def test_fp32_writes_through_data_in_full_params(device):
+    device("0")
+    model, optimizer = make(Run(stage=2, offload="states", bucket_mb=1e-3), LocalComm())
+    with optimizer.full_params():
+        model.norm.weight.data.fill_(3.0)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    assert (model.norm.weight - 3.0).abs().max() < 0.1

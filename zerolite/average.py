@@ -135,6 +135,7 @@ class Far:
         self.value: Tensor | None = None
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
         self.coming: Mark = Reached()
+        self.last: Mark = Reached()  # of what was cleared: it may still be written
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
 
@@ -150,6 +151,7 @@ class Far:
         reduce_(fresh, sources, mean, False)
         done()
         if self.value is None:
+            self.last.sync()
             self.value = self._room(fresh.dtype)
             self.coming = leaving.used[turn] = self.link.down(self.value, fresh)
             self.squares = self.sums.zero_()
@@ -190,11 +192,13 @@ class Far:
         return self.kept[dtype]
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
+        self.last.sync()
         return self._room(dtype).zero_()
 
     def clear(self, keep: bool) -> None:
         self.value = self.squares = None
-        self.coming = Reached()
+        if not isinstance(self.coming, Reached):
+            self.last, self.coming = self.coming, Reached()
 
     def held(self) -> list[Tensor]:
         return list(self.kept.values())

@@ -125,7 +125,7 @@ class Bucket:
             values = full
         self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
-        if isinstance(self.comm, PinnedComm) and self.apart and self.plan.states.sharded:
+        if isinstance(self.comm, PinnedComm) and self.apart and self.plan.states.sharded and not self.plan.params.sharded:
             self.pool = self.comm.pool(self.layout.numel, dtype)
         if self.plan.states.sharded and not self.apart:  # else every rank writes all of it
             self.home = self.comm.home(self.layout.numel, dtype, self.plan.params.sharded)
@@ -207,8 +207,9 @@ class Bucket:
 
     def wait(self) -> None:
         """Waits for an update that goes on beside the training loop."""
-        if self.settle is not None:
-            self.settle()
+        settle = self.settle
+        if settle is not None:
+            settle()
 
     def gather(self) -> None:
         """Begins to fill `full` from all ranks' shards. Idempotent: calling it early is prefetching."""
@@ -228,9 +229,6 @@ class Bucket:
 
     def _bring(self, what: str) -> Pending:
         """Gathers where parameters rest on the host: this rank's shard goes up to its range, and the ranges to all ranks."""
-        if self.pool is not None:
-            self.comm.ledger.enter(what, 0)
-            return Arriving(self.link.up(self.full, self.pool.shared, Reached()).wait, self.full)
         start, stop = self.layout.span(self.comm.rank)
         came = self.link.up(self.full[start:stop], self.shard, Reached())
         if self.plan.alone:
@@ -272,7 +270,6 @@ class Bucket:
         comm = comm or self.comm
         if self.pool is not None:
             self.pool.publish(f"gather {self.name}")
-        if self.pool is not None and not self.plan.params.sharded:
             self.link.up(self.full, self.pool.shared, after or self.link.now()).wait()
         elif up and self.mine is not self.own and self.home is None:
             self.link.up(self.own, self.mine, after or self.link.now()).wait()

@@ -83,12 +83,13 @@ class Built:
             rows.append((layout, widths, trained, numbers.get(id(self.owner.get(id(bucket))), 0), bucket.kept))
         covered = {entry.param for entry in self.entries if entry.bucket is not None}
         outside = [entry.param for entry in self.entries]
-        shared = isinstance(self.comm, SharedComm)
+        shared = isinstance(self.comm, SharedComm) and not self.comm.pins
         link = self.checked.link
         setting = Setting(
             here=self.here,
             shared=shared,
             device=link.kind,
+            slots=isinstance(self.comm, SharedComm) and self.comm.pins,
             stream=self.checked.update != "host" and self.rule.threaded,
             beside=beside(self.model, outside, covered, self.checked.dtype),
         )
@@ -147,8 +148,12 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     assert checked is not None
     compare(shared, comm)
     here = sum(host == host_identity()[0] for host, _ in hosts)
-    apart = checked.link.separate
-    return _make(checked, model, connect(comm, hosts, checked.link) if apart else share_host(comm, hosts), here)
+    joined = comm
+    if not checked.link.separate:
+        joined = share_host(comm, hosts)
+    elif checked.plan.states.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
+        joined = connect(comm, hosts, checked.link)
+    return _make(checked, model, joined, here)
 
 
 def _share_cores(hosts: list[tuple[str, int]]) -> None:
@@ -189,6 +194,7 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
+    reducer.wait = updates.settle
     reducer.at_start.append(updates.settle)  # a backward writes to the gradients that updates read
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
     built = Built(
@@ -247,7 +253,7 @@ def _wait_in(built: Built, model: nn.Module) -> None:
     for module in model.modules():
         own = {known[p]: None for p in module._parameters.values() if p is not None and p in known}
         if own:
-            built.hooks.on_use(module, [bucket.wait for bucket in own])
+            built.hooks.on_use(module, list(own))
 
 
 def _follow(built: Built, model: nn.Module, schedule: Schedule, units: list[Unit], specs: list[UnitSpec]) -> None:

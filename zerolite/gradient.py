@@ -16,6 +16,8 @@ parameter never depend on its neighbours.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -75,11 +77,13 @@ class Gradients:
         self.expected = len(layout.slots)
         self.average = average
         self.lane.settle = self.finish
+        self.flight, self.taken = None, []
         self.clear()
 
     def clear(self) -> None:
         """Forgets every gradient."""
-        self.lane.done()
+        if self.flight is not None or self.taken:
+            self.lane.done()
         self.arrived = {}
         self.packed = set()
         self.wide = False
@@ -200,7 +204,7 @@ class Gradients:
         if self.flight is None:
             return
         flight, self.flight = self.flight, None
-        self.taken = list(self.average.receive(flight, self.lane.mean, self.lane.done))
+        self.taken = list(self.average.receive(flight, self.lane.mean, functools.partial(self.lane.done, self.lane.rounds)))
         self.comm.ledger.note("average", self.name)  # while both are held
         self.taken = []
 

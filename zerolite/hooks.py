@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerolite.bucket import Entry
+from zerolite.bucket import Bucket, Entry
 from zerolite.unit import Schedule, Unit
 
 
@@ -47,12 +47,16 @@ class Hooks:
         self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
         self.handles.append(model.register_forward_hook(end))
 
-    def on_use(self, module: nn.Module, waits: list[Callable[[], None]]) -> None:
-        """Before a module with parameters of its own runs: each of `waits`, for what would read them behind torch's back."""
+    def on_use(self, module: nn.Module, buckets: list[Bucket]) -> None:
+        """Before a module with parameters of its own runs it waits for their buckets, for what would read them behind torch's
+        back. The hook refers weakly: a model that outlives its optimizer keeps no states."""
+        known = [weakref.ref(bucket) for bucket in buckets]
 
         def before(module: nn.Module, args: Any) -> None:
-            for wait in waits:
-                wait()
+            for reference in known:
+                bucket = reference()
+                if bucket is not None:
+                    bucket.wait()
 
         self.handles.append(module.register_forward_pre_hook(before, prepend=True))
 

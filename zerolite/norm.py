@@ -46,7 +46,7 @@ def _pieces(reducer: Reducer) -> list[tuple[Tensor, list[tuple[Piece, Entry]]]]:
 
 def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     sums = torch.zeros(len(entries), LIMBS, dtype=torch.int64, device=reducer.suspect.device)
-    away = torch.zeros(len(entries) if reducer.plan.states.home == "host" else 0, LIMBS, dtype=torch.int64)
+    away = torch.zeros(len(entries) if reducer.plan.states.home == "host" else 0, LIMBS, dtype=torch.int64, device="cpu")
     for bucket in reducer.order:
         if grads_of(bucket).flight is not None and grads_of(bucket).average.apart:
             grads_of(bucket).finish()

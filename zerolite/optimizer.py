@@ -202,7 +202,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
-        built = self._parts
+        built = self._settled
         present = built.grads.settle_step()
         return {entry.name: built.grads.read(entry) for entry in built.entries if present[entry.index]}
 
@@ -368,6 +368,8 @@ def make_comm(process_group: Any) -> Comm:
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup) and hasattr(process_group, "exchange"):
         return process_group  # a Comm of its own (tests)
     if dist.is_available() and dist.is_initialized():
+        if dist.get_world_size(process_group) < 2:
+            return LocalComm()  # nothing moves, and nothing is copied as if it did
         return GroupComm(process_group)
     ranks = os.environ.get("WORLD_SIZE", "1")
     if process_group is not None or ranks != "1":

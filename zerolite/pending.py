@@ -12,6 +12,7 @@ belongs to a module that is called (Hooks.on_use); `ZEROLITE_DEBUG=poison` finds
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_SETTLE: dict[int, Callable[[], None]] = {}  # id of a pending parameter -> what waits for it
+# What waits for a parameter is kept in its own __dict__, so that a dropped model and its optimizer are garbage together.
+_WAIT = "_zerolite_wait"
+_PENDING: dict[int, weakref.ref[Tensor]] = {}  # by id
 
 
 _ATTRIBUTES = (
@@ -68,8 +71,10 @@ class PendingParameter(nn.Parameter):
         for value in found:
             settle(value)
         if not found:  # out of sight, in an object that is no plain container
-            for call in list(_SETTLE.values()):
-                call()
+            for known in list(_PENDING.values()):
+                p = known()
+                if p is not None:
+                    settle(p)
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -83,7 +88,7 @@ class PendingParameter(nn.Parameter):
 
 def settle(p: Tensor) -> None:
     """Waits for one parameter's new value, where it is pending."""
-    call = _SETTLE.get(id(p))
+    call = p.__dict__.get(_WAIT)
     if call is not None:
         call()
 
@@ -94,7 +99,8 @@ def mark(params: Iterable[nn.Parameter], wait: Callable[[], None]) -> bool:
     if any(type(p) is not nn.Parameter for p in found):
         return False
     for p in found:
-        _SETTLE[id(p)] = wait
+        p.__dict__[_WAIT] = wait
+        _PENDING[id(p)] = weakref.ref(p)
         p.__class__ = PendingParameter
     return True
 
@@ -104,4 +110,5 @@ def unmark(params: Iterable[nn.Parameter]) -> None:
     for p in params:
         if type(p) is PendingParameter:
             p.__class__ = nn.Parameter  # type: ignore[assignment]
-        _SETTLE.pop(id(p), None)
+        p.__dict__.pop(_WAIT, None)
+        _PENDING.pop(id(p), None)

@@ -125,7 +125,9 @@ class Plan:
     def _transient(self) -> Iterator[Term]:
         buckets = [row.full for row in reversed(self.trained)]  # in the order in which they go out
         if self.setting.micro_batches > 1:
-            yield self._term("sums of micro-batches", "always", self.grads.home, self._sums())
+            yield self._term("sums of micro-batches", "always", self.grads.home, self._sums(False))
+            if self._sums(True):
+                yield self._term("sums of micro-batches kept", "always", "device", self._sums(True))
         if self.grads.sharded:
             yield from self._in_flight(buckets)
         else:
@@ -142,6 +144,11 @@ class Plan:
         """What states on the host need on their way: rounds that leave the device, later ones that are added, chunks."""
         away = [row for row in self.trained if not row.kept]
         ranges = [row.layout.shard * row.widths.param for row in away]
+        if self.setting.slots:  # packed buckets on the device, and fp32 slots for them
+            ranges = [row.full for row in reversed(away)]
+            wide = [row.layout.numel * FP32 for row in reversed(away)]
+            slots = sum(_top(wide[turn::TURNS]) for turn in range(TURNS))
+            yield self._term("slots of rounds", "always", "host", slots)
         yield self._term("rounds on their way", "always", "device", TURNS * _top(ranges))
         if self.setting.micro_batches > 1:
             yield self._term("later rounds", "always", "host", TURNS * _top(ranges))
@@ -155,14 +162,18 @@ class Plan:
         """Whether a host's ranks hold all parameters in one home, so that a gather copies nothing."""
         return self.setting.shared and self.setting.here == self.size
 
-    def _sums(self) -> int:
-        """Averages of earlier rounds, fp32 from the second on; where gradients rest sharded they replace those of one round."""
+    def _sums(self, kept: bool | None = None) -> int:
+        """Averages of earlier rounds, fp32 from the second on; where gradients rest sharded they replace those of one round.
+
+        kept  of the rows whose states stay on the device, of the others, or (None) of all
+        """
         wide = self.grads.sharded or self.setting.shared or self.setting.micro_batches > 2
-        return sum(
-            row.layout.shard
-            * ((FP32 if wide else row.widths.param) - row.widths.param * (self.grads.sharded and not self.apart))
-            for row in self.trained
-        )
+        total = 0
+        for row in self.trained:
+            if kept is None or row.kept == kept:
+                replaced = self.grads.sharded and (row.kept or not self.apart)
+                total += row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * replaced)
+        return total
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""

@@ -58,6 +58,7 @@ def load_pretrained(
     try:
         if built.schedule is not None and built.schedule.held:
             raise RuntimeError("load_pretrained: expected to be called outside of full_params(), got called inside.")
+        built.updates.settle()
         built.check_replaced()
         files = open_files(path)
         result = wanted.match(files, rename or (lambda name: name), strict)

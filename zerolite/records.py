@@ -58,6 +58,7 @@ class Setting:
     clip: bool = True  # the norm of the gradients is read before the step
     activations: int | None = None  # bytes that autograd saves for one backward, as measured
     beside: int = 0  # bytes of frozen parameters without a bucket, and of the model's buffers
+    slots: bool = False  # rounds of several devices pass through shared pinned memory (comm/pinned.py)
 
 
 class Term(NamedTuple):

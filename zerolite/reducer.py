@@ -37,6 +37,7 @@ class Reducer:
     local: bool  # a backward under no_sync() did
     next: int  # position in `order` of the next bucket to go out in this backward
     version: int  # counts changes of any gradient, for caches
+    wait: Callable[[], None]  # until no update reads gradients any more
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
@@ -47,6 +48,7 @@ class Reducer:
         self.suspect = torch.zeros(1, dtype=torch.int64, device=device)
         self.sync = True
         self.version = 0
+        self.wait = lambda: None
         self.at_start = []
         self.at_end = []
         self.reset()
@@ -151,6 +153,7 @@ class Reducer:
 
     def settle(self, what: str) -> None:
         """Every rank's gradients have gone out (a collective; ranks agree first on whether anything is open)."""
+        self.wait()
         state = torch.tensor([int(self.open), int(self.local)])
         self.comm.max_(state, what)
         self.open, self.local = bool(state[0]), bool(state[1])

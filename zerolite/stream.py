@@ -27,15 +27,17 @@ class Stream:
         self.device = device
         self.chunk = chunk
         self.slots: list[dict[str, Tensor]] = [{} for _ in range(SLOTS)]
-        self.left: list[list[Mark]] = [[] for _ in range(SLOTS)]  # copies down that still read a slot
+        self.left: list[list[Mark]] = [[] for _ in range(SLOTS)]  # what still uses a slot
+        self.fresh = False  # memory was taken, which the device may still use for something before
 
     def _slot(self, number: int, name: str, like: Tensor) -> Tensor:
         """Device memory of one chunk's `name`."""
         slot = self.slots[number]
-        size = self.chunk * like.element_size()
+        size = like.numel() * like.element_size()
         if name not in slot or slot[name].numel() < size:
             slot[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return slot[name][: like.numel() * like.element_size()].view(like.dtype)
+            self.fresh = True
+        return slot[name][:size].view(like.dtype)
 
     def run(self, work: AdamWork, param: Tensor, rest: Tensor, gradient: Tensor, own: Tensor | None, after: Mark) -> None:
         """Updates host tensors `param`, `rest` and the moments of `work` from the host's `gradient`; returns when they are new.
@@ -45,6 +47,8 @@ class Stream:
         """
         numel = param.numel()
         marks: list[Mark] = []
+        if own is not None:
+            after.wait()
         for number, start in enumerate(range(0, numel, self.chunk)):
             stop = min(start + self.chunk, numel)
             turn = number % SLOTS
@@ -55,16 +59,18 @@ class Stream:
             host |= {"rest": rest[start:stop]} if rest.numel() else {}
             busy = self.left[turn]
             slot = {name: self._slot(turn, name, tensor.reshape(-1)).view(tensor.shape) for name, tensor in host.items()}
-            came = [self.link.up(slot[name], tensor, _All(busy)) for name, tensor in host.items()]
+            if self.fresh:
+                busy, self.fresh = [*busy, self.link.now()], False
+            came = [self.link.up(slot[name], tensor, _All(busy), alone=True) for name, tensor in host.items()]
             for mark in came:
                 mark.wait()
             there = away.at(slot)
             there(slot["param"], slot.get("rest", rest.new_empty(0, device=self.device)), [slot["gradient"]], 1.0)
             if own is not None:
-                after.wait()
                 own[start:stop].copy_(slot["param"])
-            self.left[turn] = [self.link.down(host[name], slot[name]) for name in host if name != "gradient"]
-            marks += self.left[turn]
+            left = [self.link.down(host[name], slot[name]) for name in host if name != "gradient"]
+            self.left[turn] = [*left, self.link.now()]
+            marks += left
         for mark in marks:
             mark.sync()
 
@@ -87,3 +93,7 @@ class _All:
     def sync(self) -> None:
         for mark in self.marks:
             mark.sync()
+
+    def meet(self, other: Mark) -> None:
+        for mark in self.marks:
+            mark.meet(other)

@@ -25,6 +25,7 @@ from zerolite.average import Staging
 from zerolite.bucket import Bucket, Entry, Pass
 from zerolite.buffer import Link, Mark
 from zerolite.comm import Comm
+from zerolite.comm.pinned import PinnedComm
 from zerolite.pending import mark, unmark
 from zerolite.placement import Plan
 from zerolite.stream import Stream
@@ -212,7 +213,8 @@ class Apart:
             return
         task.job.wait()
         assert task.arrived is not None
-        task.arrived.wait()
+        task.arrived.wait()  # this thread's work, and the training loop's, where that is on another stream
+        task.after.meet(task.arrived)
         self.tasks.pop(bucket, None)
         bucket.settle = None
         unmark(entry.param for entry in bucket.entries)
@@ -273,10 +275,15 @@ class Apart:
                     return
                 first = self._order.popleft()
                 self._ready.discard(first)
-            first.bucket.publish(self.comm, first.after, first.up)
-            first.bucket.finish_publish()
-            first.arrived = self.link.now()
-            first.job.done.set()
+            try:
+                first.bucket.publish(self.comm, first.after, first.up)
+                first.bucket.finish_publish()
+                first.arrived = self.link.now()
+            except BaseException as error:
+                self.failure.error = error
+                raise
+            finally:
+                first.job.done.set()
 
 
 def _poison(bucket: Bucket) -> None:
@@ -301,6 +308,8 @@ def make_updates(
     if not (link.separate and plan.states.home == "host"):
         return AtOnce(), None
     failure = Failure()
+    if isinstance(comm, PinnedComm):
+        comm.check = failure.check
     staging = Staging(link, Worker("zerolite gradients", failure), device)
     if not rule.threaded:
         return AtOnce(), staging
@@ -309,4 +318,6 @@ def make_updates(
         ways.append(OnHost("host", failure))
     if update in ("auto", "stream"):
         ways.append(Streamed("stream", failure, Stream(link, device)))
-    return Apart(link, ways, failure, comm.beside(), overlap), staging
+    side = comm.beside()
+    side.max_(torch.zeros(1, dtype=torch.int64), "set-up updates")  # a group begins with its first call: now, in this thread
+    return Apart(link, ways, failure, side, overlap), staging

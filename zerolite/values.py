@@ -24,6 +24,7 @@ from zerolite.meta import Recipes, groups, lost_buffer, make_real, wants_values
 
 def begin(bucket: Bucket) -> None:
     """Makes `mine` this rank's range itself, with what the script wrote to the parameters before."""
+    bucket.wait()
     bucket.keep_writes(quiet=True)
     if bucket.home is not None and bucket.mine is not bucket.shard:
         bucket.mine = bucket.shard.copy_(bucket.mine)

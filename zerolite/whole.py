@@ -31,9 +31,9 @@ def full_params(schedule: Schedule) -> Iterator[None]:
 def kept_writes(buckets: list[Bucket]) -> Iterator[None]:
     """The same where parameters rest whole: this rank's range is copied, to find what autograd's version counter does not tell.
 
-    A home needs no copy (its pages tell), and an fp32 parameter is its own master.
+    A home needs no copy (its pages tell), and an fp32 parameter is its own master where it is not offloaded.
     """
-    watched = [bucket for bucket in buckets if bucket.rest.numel() and bucket.home is None]
+    watched = [b for b in buckets if b.home is None and (b.rest.numel() or b.mine is not b.own)]
     for bucket in watched:
         bucket.keep_writes()
     before = [bucket.mine.clone() for bucket in watched]

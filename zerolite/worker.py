@@ -11,6 +11,9 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
+
+_LOOK = 0.5  # seconds between looks at what else went wrong
 
 
 class Failure:
@@ -44,12 +47,17 @@ class Job:
                     "this process was forked while an update was under way, which goes on in the parent alone. Read a "
                     "parameter (any of them) before the fork, or build with overlap=False."
                 )
-            self.done.wait()
+            while not self.done.wait(_LOOK):
+                self.failure.check()  # it may never have been begun
         self.failure.check()
 
     def sync(self) -> None:
         """As a Mark."""
         self.wait()
+
+    def meet(self, other: Any) -> None:
+        """As a Mark: what a worker does, it waits for by itself."""
+        other.wait()
 
 
 class Worker:

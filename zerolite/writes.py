@@ -53,6 +53,8 @@ def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
             old = bucket.mine if before is None else before
             changed = new.view(bits_dtype(new.dtype)) != old[part].view(bits_dtype(new.dtype))
             bucket.mine[part] = new
+            if bucket.apart and bucket.own is not bucket.mine:  # the device's shard, which the next gather takes
+                bucket.own[part] = new
             found = found or bool(changed.any())
         if bucket.rest.numel():
             fresh = torch.zeros_like(bucket.rest[part]) if bucket.rest.dtype == torch.int16 else new.float()

@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import functools
 import logging
+import mmap
 import platform
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Event:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = stream.record_event()
+        self.stream = stream
         self.device = stream.device
 
     def wait(self) -> None:
@@ -41,6 +43,10 @@ class Event:
 
     def sync(self) -> None:
         self.event.synchronize()
+
+    def meet(self, other: Mark) -> None:
+        with torch.cuda.stream(self.stream):
+            other.wait()
 
 
 class Cuda:
@@ -66,16 +72,19 @@ class Cuda:
         source.record_stream(self._down)
         return Event(self._down)
 
-    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
-        self._up.wait_stream(torch.cuda.current_stream(self.device))
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+        if not alone:
+            self._up.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._up):
             after.wait()
             out.copy_(source, non_blocking=True)
         out.record_stream(self._up)
         return Event(self._up)
 
-    def aside(self) -> AbstractContextManager:
-        return torch.cuda.stream(self._aside)
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self._aside):  # a thread begins on device 0
+            yield
 
     def register(self, memory: Tensor) -> None:
         address = memory.data_ptr()
@@ -88,6 +97,8 @@ class Cuda:
 
     def _pin(self, region: Mapping) -> None:
         address = region.address
+        if hasattr(mmap, "MADV_DONTFORK"):
+            region.madvise(mmap.MADV_DONTFORK)  # a forked data loader's copy on write must not move what a device copies from
         if self._registered(address, len(region)):
             region.unpin = functools.partial(_unpin, torch.cuda.cudart(), address)
 
@@ -101,6 +112,9 @@ class Cuda:
             reason = f"cudaHostRegister returned {code}"
         except RuntimeError as error:
             code, reason = -1, str(error).splitlines()[0]
+        if code != 0:
+            with contextlib.suppress(RuntimeError):  # the runtime tells of a refusal again at the next launch: take it there
+                torch.ones(1, device=self.device)
         if code != 0 and not self._said:
             self._said = True
             log.warning(
@@ -114,6 +128,7 @@ class Cuda:
 
 def _unpin(runtime: Any, address: int) -> None:
     with contextlib.suppress(Exception):  # at exit the driver may be gone, and the pages with it
+        torch.cuda.synchronize()  # no copy is under way
         runtime.cudaHostUnregister(address)
 
 

@@ -30,6 +30,10 @@ class Mark(Protocol):
         """Returns when it is reached."""
         ...
 
+    def meet(self, other: Mark) -> None:
+        """What is asked of the device where this mark was made comes after `other`."""
+        ...
+
 
 class Reached:
     """A mark that is reached already."""
@@ -39,6 +43,9 @@ class Reached:
 
     def sync(self) -> None:
         return
+
+    def meet(self, other: Mark) -> None:
+        other.wait()
 
 
 class Link(Protocol):
@@ -58,8 +65,9 @@ class Link(Protocol):
         """Copies a device tensor to the host, after all that this thread has asked of the device."""
         ...
 
-    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
-        """Copies a host tensor to the device, after `after` and all that this thread has asked of the device."""
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+        """Copies a host tensor to the device, after `after` and all that this thread has asked of the device (alone: after
+        `after` alone)."""
         ...
 
     def register(self, memory: Tensor) -> None:
@@ -91,7 +99,7 @@ class Same:
         out.copy_(source)
         return Reached()
 
-    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
         out.copy_(source)
         return Reached()
 

@@ -35,6 +35,9 @@ class Point:
         if self.error is not None:
             raise self.error
 
+    def meet(self, other: Mark) -> None:
+        other.wait()
+
 
 class Copies:
     """One direction's copies, in order."""
@@ -104,7 +107,7 @@ class Simulated:
         self.copied["down"] += source.numel() * source.element_size()
         return self._down.add(lambda: _copy(out, source, Reached()))
 
-    def up(self, out: Tensor, source: Tensor, after: Mark) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
         self.copied["up"] += source.numel() * source.element_size()
         return self._up.add(lambda: _copy(out, source, after))
 

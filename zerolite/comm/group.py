@@ -77,7 +77,8 @@ class Waiting:
 class GroupComm:
     """The Comm of a torch.distributed process group (None: the default group)."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, tag: str = "") -> None:
+        self.tag = tag  # tells a thread's own group from the one beside it, where late ranks compare notes
         self.group = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -148,7 +149,9 @@ class GroupComm:
 
     def beside(self) -> GroupComm:
         timeout = datetime.timedelta(seconds=self.timeout)
-        return GroupComm(dist.new_group(self.members, timeout=timeout, use_local_synchronization=True))
+        backend = dist.get_backend_config(self.group)
+        group = dist.new_group(self.members, timeout=timeout, backend=backend, use_local_synchronization=True)
+        return GroupComm(group, self.tag + "+")
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
@@ -203,7 +206,7 @@ class GroupComm:
             return  # nobody is left to read it
 
     def _post(self, rank: int) -> str:
-        return f"zerolite/{'-'.join(map(str, self.members))}/{rank}"
+        return f"zerolite/{'-'.join(map(str, self.members))}{self.tag}/{rank}"
 
 
 class ScatterLane(MessageLane):

@@ -41,6 +41,7 @@ class Lane(Protocol):
     transient: bool  # rounds are averaged as they come; the others stay where they are until the step
     mean: float  # factor from the sum of an exchange's results to the average over ranks
     lasting: bool  # the slices stay readable until done() without memory of their own
+    rounds: int  # exchanges so far
     settle: Callable[[], None]  # reads the round in flight; set by whoever exchanges
 
     def take(self, dtype: torch.dtype) -> Tensor:
@@ -51,8 +52,8 @@ class Lane(Protocol):
         """Sends a round; the result has shape (ranks, shard), or is a list of ranks 1D tensors."""
         ...
 
-    def done(self) -> None:
-        """The result of the last exchange is not read any more (or never will be)."""
+    def done(self, number: int | None = None) -> None:
+        """The result of exchange `number` (from 1; None: the last) is not read any more, or never will be."""
         ...
 
     def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
@@ -74,6 +75,7 @@ class MessageLane:
         self.transient = spec.transient
         self.mean = 1.0 / comm.size
         self.lasting = False
+        self.rounds = 0  # messages are their readers' own: nobody asks which
         self.settle: Callable[[], None] = self.done
         self.sent: Callable[[], Tensor | None] = lambda: None
 
@@ -84,7 +86,7 @@ class MessageLane:
         self.sent = weakref.ref(full)  # a group may keep it until the message has gone
         return self.comm.exchange(full, what)
 
-    def done(self) -> None:
+    def done(self, number: int | None = None) -> None:
         """The message is its reader's own."""
 
     def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,9 @@ the host as well and then the rest beside. Small control data uses the process g
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +26,9 @@ from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import SharedLane, shared_lanes
 from zerolite.comm.segment import PAGE, Segment
 from zerolite.comm.shared import SharedComm
+from zerolite.kernels import kernels_in_use
+
+log = logging.getLogger("zerolite")
 
 
 class Pool:
@@ -72,10 +77,18 @@ class PinnedComm(SharedComm):
 
     def __init__(self, group: GroupComm, hosts: Sequence[str], link: Link) -> None:
         self.link = link
+        self.check: Callable[[], None] = lambda: None  # raises what went wrong in a worker, whose flags others wait for
         super().__init__(group, hosts)
 
     def pin(self, memory: Tensor) -> None:
         self.link.register(memory)
+
+    def wait_for(self, ready: Callable[[float], bool], what: str) -> None:
+        def look(seconds: float) -> bool:
+            self.check()
+            return ready(seconds)
+
+        super().wait_for(look, what)
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
         ring = Ring(self.link.near)
@@ -106,4 +119,16 @@ def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
         raise ValueError(f"ZEROLITE_CONNECT: expected the same on every rank, got {[other for other, _ in linked]}")
     if wish == "auto" and all(fast for _, fast in linked):
         return comm
-    return PinnedComm(comm, [host for host, _ in hosts], link)
+    problem = ""
+    made: Comm = comm
+    try:
+        if kernels_in_use() == "reference" and platform.machine() not in ("x86_64", "AMD64"):
+            raise OSError("flags need the native kernels on this processor")
+        made = candidate = PinnedComm(comm, [host for host, _ in hosts], link)
+        Segment(PAGE, candidate.place, candidate.share_here, private=False)
+    except (OSError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    found = [text for text in comm.share(problem, "set-up sharing") if text]
+    if found and comm.rank == 0:
+        log.warning("zerolite: ranks of this host cannot share memory (%s); the process group is used instead", found[0])
+    return comm if found else made

@@ -79,7 +79,7 @@ class SharedLane:
         half = Flags.nbytes(comm.places)
         self.posted = Flags(comm, flags[:half])
         self.read = Flags(comm, flags[half:])
-        self.rounds = 0
+        self.rounds = self.seen = 0  # exchanged; told as read
         self.open = False  # a round was exchanged and not read yet
         self.settle: Callable[[], None] = self.done
 
@@ -119,10 +119,12 @@ class SharedLane:
 
         return Arriving(wait, sources)
 
-    def done(self) -> None:
-        if self.open:
-            self.open = False
-            self.read.raise_to(self.rounds)
+    def done(self, number: int | None = None) -> None:
+        number = self.rounds if number is None else number
+        self.open = self.open and number < self.rounds
+        if number > self.seen:  # a counter never falls
+            self.seen = number
+            self.read.raise_to(number)
 
     def _own(self, size: int) -> Tensor:
         start = self.comm.place * self.region.slot
