@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,17 @@ def test_a_thousand_steps_leak_nothing(stage, moments):
         # The heap settles over about 1,200 steps (by 1.7 MB under DDP, by 2.8 MB here, then by nothing); a bucket
         # lost in each step would be 20 MB, and objects are counted above.
         assert late[2] - early[2] < 4 << 20, (early, late)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_model_dropped_between_step_and_zero_grad_is_garbage(stage):
+    """p.grad is out of the garbage collector's sight: its handle must not hold the parameter."""
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    handle, seen = model.norm.weight.grad, (weakref.ref(model), weakref.ref(optimizer._trained[0]))
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
+    with pytest.raises(RuntimeError, match="its ZeroOptimizer is gone"):
+        handle.clone()

@@ -50,13 +50,13 @@ def variants(run: Run):
 @pytest.mark.parametrize(
     "world,dtype",
     [
-        (1, torch.bfloat16),
-        (2, torch.bfloat16),
-        (3, torch.bfloat16),
-        (1, torch.float16),
-        (2, torch.float16),
-        (1, None),
-        (2, None),
+        (1, "bf16"),
+        (2, "bf16"),
+        (3, "bf16"),
+        (1, "fp16"),
+        (2, "fp16"),
+        (1, "fp32"),
+        (2, "fp32"),
     ],
 )
 @pytest.mark.parametrize("micro,clip", [(1, 0.5), (3, None)])

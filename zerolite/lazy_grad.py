@@ -15,6 +15,7 @@ through a few ops; anything else reads it from the bucket. Nothing here returns 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from zerolite.bucket import Entry
 
 _aten = torch.ops.aten
+_GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
 
 
 class Source(Protocol):
@@ -40,8 +42,8 @@ class Source(Protocol):
 class LazyGrad(Tensor):
     """The handle that `p.grad` holds."""
 
-    entry: Entry
-    source: Source
+    _entry: weakref.ref[Entry]
+    _source: weakref.ref[Source]
     incoming: Tensor | None  # a gradient that autograd added, for the hook that follows
 
     @staticmethod
@@ -51,13 +53,30 @@ class LazyGrad(Tensor):
         handle = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=dtype, device=like.device
         )
-        handle.entry = entry
-        handle.source = source
+        # Weakly: the garbage collector does not look into p.grad, and a strong reference back to the parameter would keep model
+        # and optimizer for ever once both are dropped after a step.
+        handle._entry, handle._source = weakref.ref(entry), weakref.ref(source)
         handle.incoming = None
         return handle
 
     def __init__(self, entry: Entry, source: Source, dtype: torch.dtype) -> None:
         pass
+
+    @property
+    def entry(self) -> Entry:
+        """The parameter that it stands for the gradient of."""
+        found = self._entry()
+        if found is None:
+            raise RuntimeError(_GONE)
+        return found
+
+    @property
+    def source(self) -> Source:
+        """What it asks."""
+        found = self._source()
+        if found is None:
+            raise RuntimeError(_GONE)
+        return found
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
