@@ -78,8 +78,13 @@ def of_largest(rows: list[Row]) -> list[Target]:
 
 
 def missed(targets: list[Target]) -> str:
-    """A line that names the targets that are missed; empty where there are none to compare."""
+    """The targets that are missed, a line for each system; empty where there are none to compare."""
     if not targets:
         return ""
-    late = [str(target) for target in targets if not target.met]
-    return f"\nTargets missed in this run: {'; '.join(late)}.\n" if late else f"\nAll {len(targets)} targets are met.\n"
+    late: dict[str, list[str]] = {}
+    for target in targets:
+        if not target.met:
+            word = "at least" if target.least else "at most"
+            late.setdefault(target.system, []).append(f"{target.of} {target.figure:.2f} ({word} {target.bound:.2f})")
+    lines = [f"- {system}: {', '.join(figures)}" for system, figures in late.items()]
+    return "\nTargets missed in this run:\n\n" + "\n".join(lines) + "\n" if lines else f"\nAll {len(targets)} targets are met.\n"

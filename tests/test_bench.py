@@ -175,7 +175,7 @@ def test_targets_name_what_is_missed():
     assert found["zerolite 2: first step of DeepSpeed 2's 1.00 (at most 0.50)"] is False
     assert len([name for name in found if name.startswith("zerolite 3")]) == 1  # no peer at stage 3: DDP alone
     text = targets.missed(targets.of_steps(rows))
-    assert text.startswith("\nTargets missed in this run: zerolite 2: overhead of DeepSpeed 2 + offload's 0.18")
+    assert text.startswith("\nTargets missed in this run:\n\n- zerolite 2: overhead of DeepSpeed 2 + offload's 0.18")
 
     def large(system, numel):
         return {"benchmark": "largest", "system": system, "ranks": 2, "numel": numel}
