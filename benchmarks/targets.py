@@ -87,4 +87,6 @@ def missed(targets: list[Target]) -> str:
             word = "at least" if target.least else "at most"
             late.setdefault(target.system, []).append(f"{target.of} {target.figure:.2f} ({word} {target.bound:.2f})")
     lines = [f"- {system}: {', '.join(figures)}" for system, figures in late.items()]
-    return "\nTargets missed in this run:\n\n" + "\n".join(lines) + "\n" if lines else f"\nAll {len(targets)} targets are met.\n"
+    if not lines:
+        return f"\nAll {len(targets)} targets are met.\n"
+    return "\nTargets missed in this run:\n\n" + "\n".join(lines) + "\n"

@@ -154,9 +154,7 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
         lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[-1]}")
     lines += ["", "Bytes are the peak of a step. 'step' models update and communication alone, to rank plans by."]
     if not on_cpu:
-        lines.append(
-            "GPU rows are a forecast: this version trains on CPU ranks, and rates of the GPU are assumed (ZEROLITE_RATES)."
-        )
+        lines.append("GPU rows are a forecast: nothing was measured on a GPU yet, and its rates are assumed (ZEROLITE_RATES).")
     if setting.activations is None:
         lines.append("Activations are not counted (--batch 4x1024 adds them).")
     if best is None:
