@@ -3,7 +3,8 @@
 Nothing above this package knows streams, events or pinned pages.
 """
 
-from zerolite.buffer.link import Link, Mark, Reached, device_memory, link_for
+from zerolite.buffer.devices import device_memory, link_for
+from zerolite.buffer.link import Link, Mark, Reached
 from zerolite.buffer.ring import Ring
 from zerolite.buffer.room import Room, zeros
 
