@@ -68,7 +68,10 @@ class Waiting:
         try:
             self.work.wait(datetime.timedelta(seconds=patience))
         except RuntimeError as error:
-            if self.work.is_completed() or "timed out" not in str(error).lower():
+            late = "timed out" in str(error).lower()
+            if late and self.work.is_completed():  # the group's own clock was first
+                raise self.comm.late(self.what) from error
+            if self.work.is_completed() or not late:
                 raise self.comm.lost(self.what, error) from error
             return False
         return True
