@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -118,31 +119,36 @@ void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double 
 void exceeds_(Tensor flag, Tensor src, double limit) {
   const Dtype dtype = check_exceeds(flag, src);
   const void* from = src.const_data_ptr();
-  std::mutex mutex;
-  bool any = false;
+  std::atomic<bool> any = false;
   split_range(src.numel(), [&](int64_t a, int64_t b) {
-    if (!kernels().exceeds(from, dtype, static_cast<float>(limit), a, b)) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    any = true;
+    if (kernels().exceeds(from, dtype, static_cast<float>(limit), a, b)) any = true;
   });
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
+constexpr int64_t kCached = 4 << 20;  // bytes: what is larger is read again from memory in any case
+
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
   const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+  const Dtype dtype = check_exceeds(flag, out);
   const int64_t width = out.element_size();
+  const bool past = out.numel() * width > kCached;
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  std::atomic<bool> any = false;
   split_range(out.numel(), [&](int64_t from, int64_t stop) {
     auto next = std::upper_bound(parts.begin(), parts.end(), from, [](int64_t x, const Part& p) { return x < p.stop; });
     for (; next != parts.end() && next->start < stop; ++next) {
       const int64_t lo = std::max(next->start, from), hi = std::min(next->stop, stop);
       char* here = to + lo * width;
-      if (next->from == nullptr)
+      if (next->from == nullptr) {
         memset(here, 0, (hi - lo) * width);
-      else
-        memcpy(here, static_cast<const char*>(next->from) + (lo - next->start) * width, (hi - lo) * width);
+      } else {
+        const char* from = static_cast<const char*>(next->from) + (lo - next->start) * width;
+        if (kernels().copy(here, from, dtype, static_cast<float>(limit), hi - lo, past)) any = true;
+      }
     }
   });
+  if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
 // Flags are int64 counters in memory that processes share.

@@ -59,6 +59,8 @@ struct Kernels {
   void (*square_sum)(int64_t* limbs, const Sources&, int64_t start, int64_t stop);
   // True where an element in [start, stop) is NaN or its magnitude is `limit` or more.
   bool (*exceeds)(const void* src, Dtype dtype, float limit, int64_t start, int64_t stop);
+  // Copies n elements and answers as `exceeds`; `past`: by stores that leave the caches as they are.
+  bool (*copy)(void* to, const void* from, Dtype dtype, float limit, int64_t n, bool past);
 };
 
 extern const Kernels kBaseline;

@@ -4,6 +4,10 @@
 // linker keeps for every caller.
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef ZL_TABLE
 #error "compile with -DZL_TABLE=kBaseline|kAvx2|kAvx512 and -DZL_NAME=\"...\""
 #endif
@@ -18,6 +22,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 }  // namespace
 }  // namespace zerolite
 
+#include "copy_cpu.h"
 #include "moments_cpu.h"
 #include "square_cpu.h"
 
@@ -178,8 +183,18 @@ bool exceeds(const void* src, Dtype dtype, float limit, int64_t start, int64_t s
   return false;
 }
 
+bool copy(void* to, const void* from, Dtype dtype, float limit, int64_t n, bool past) {
+  const int32_t top = static_cast<int32_t>(as_bits(limit));
+  switch (dtype) {
+    case Dtype::kFloat: return copy_sizes<int32_t>(to, from, n, top, past);
+    case Dtype::kBFloat16: return copy_sizes<int16_t>(to, from, n, (top + 0xffff) >> 16, past);
+    case Dtype::kHalf: return copy_sizes<int16_t>(to, from, n, size_of_half(limit), past);
+  }
+  return false;
+}
+
 }  // namespace
 
-const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce_adam_moments, reduce, square_sum, exceeds};
+const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce_adam_moments, reduce, square_sum, exceeds, copy};
 
 }  // namespace zerolite

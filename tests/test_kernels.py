@@ -208,14 +208,41 @@ def test_pack(isa, n):
     kernels.set_threads(2)
     grads = [wide(k, k).bfloat16() for k in (n, 3, 0, 70_000)]
     offsets = [5, n + 10, n + 13, n + 20]
+    flag = torch.zeros(1, dtype=torch.int64)
     for clear in (False, True):
         ours, theirs = (torch.ones(n + 70_100, dtype=torch.bfloat16) for _ in range(2))
-        kernels.pack_(ours, grads[::-1], offsets[::-1], clear)
-        reference.pack_(theirs, grads, offsets, clear)
+        kernels.pack_(ours, grads[::-1], offsets[::-1], clear, flag, math.inf)
+        reference.pack_(theirs, grads, offsets, clear, flag, math.inf)
         assert torch.equal(ours, theirs) and bool((ours[:5] == (not clear)).all()) and bool((ours[-10:] == (not clear)).all())
         nothing = torch.ones(70, dtype=torch.bfloat16)
-        kernels.pack_(nothing, [], [], clear)
-        assert bool((nothing == (not clear)).all())
+        kernels.pack_(nothing, [], [], clear, flag, 0.0)
+        assert bool((nothing == (not clear)).all()) and flag.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("large", [False, True])
+def test_pack_looks_at_every_element_once(isa, dtype, by, large):
+    sizes = [3_000_000 if large else 70, 131, 1]  # large: stores past the caches
+    offsets = [by, sizes[0] + by, sizes[0] + by + 131]
+    out = torch.empty(sum(sizes) + 64, dtype=dtype)
+    for value, limit, wanted in (
+        (2.5, 2.5, 1),
+        (-2.5, 2.5, 1),
+        (2.5, 2.5009765625, 0),
+        (math.nan, math.inf, 1),
+        (-math.inf, math.inf, 1),
+    ):
+        for number, at in ((0, 0), (0, sizes[0] - 1), (0, sizes[0] // 2), (1, 5), (1, 130), (2, 0)):
+            flag = torch.zeros(1, dtype=torch.int64)
+            grads = [torch.full((size,), -0.5, dtype=dtype) for size in sizes]
+            kernels.pack_(out, grads, offsets, True, flag, limit)
+            assert flag.item() == 0
+            grads[number][at] = value
+            kernels.pack_(out, grads, offsets, True, flag, limit)
+            assert flag.item() == wanted and torch.equal(out[by : by + sum(sizes)].isnan(), torch.cat(grads).isnan())
+            assert torch.equal(out.nan_to_num()[by : by + sum(sizes)], torch.cat(grads).nan_to_num())
+            assert not out[:by].any() and not out[by + sum(sizes) :].any()
 
 
 def test_split_keeps_every_mantissa_and_every_exponent():
@@ -241,7 +268,7 @@ def op_samples():
         yield "reduce_", (torch.zeros(n, dtype=dtype), sources, 0.5, False)
         yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources, spans, 0.5)
         yield "exceeds_", (torch.zeros(1, dtype=torch.int64), sources[0], 1.0)
-        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True)
+        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True, torch.zeros(1, dtype=torch.int64), 1.0)
 
 
 @pytest.mark.parametrize("name,args", [pytest.param(*s, id=f"{s[0]}{k}") for k, s in enumerate(op_samples())])

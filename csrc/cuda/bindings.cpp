@@ -174,14 +174,15 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
               });
 }
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
   const Call call("pack_", out, "out");
   const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+  const Dtype dtype = check_exceeds(flag, out);
   call.here(grads, "grads");
-  run_pack(static_cast<char*>(out.mutable_data_ptr()), static_cast<int>(out.element_size()), parts.data(),
-           static_cast<int64_t>(parts.size()), [&](const PackTask& task, int bytes, int64_t tiles) {
-             call.ok(launch_pack(task, bytes, tiles, call.stream));
-           });
+  call.here(flag, "flag");
+  run_pack(static_cast<char*>(out.mutable_data_ptr()), dtype, parts.data(), static_cast<int64_t>(parts.size()),
+           static_cast<int64_t*>(flag.mutable_data_ptr()), static_cast<float>(limit),
+           [&](const PackTask& task, int64_t tiles) { call.ok(launch_pack(task, dtype, tiles, call.stream)); });
 }
 
 }  // namespace

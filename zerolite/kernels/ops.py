@@ -31,7 +31,7 @@ _library.define(
 _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
 _library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
-_library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear) -> ()")
+_library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear, Tensor(b!) flag, float limit) -> ()")
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
 _library.define("flag_wait(Tensor flags, int[] places, int value, float seconds) -> bool")
 _library.define("use_isa(str name) -> bool")
@@ -114,12 +114,13 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
     torch.ops.zerolite.exceeds_(flag, src, limit)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool) -> None:
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float) -> None:
     """Copies each contiguous gradient to out[offset : offset + numel]; dtypes are equal.
 
-    clear  elements of `out` that no gradient covers become 0; else they stay
+    clear        elements of `out` that no gradient covers become 0; else they stay
+    flag, limit  as `exceeds_` for the gradients, in the same pass
     """
-    torch.ops.zerolite.pack_(out, grads, offsets, clear)
+    torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
 
 
 def flag_store_(flags: Tensor, place: int, value: int) -> None:

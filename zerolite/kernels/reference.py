@@ -116,11 +116,12 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
         flag.fill_(1)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool) -> None:
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float) -> None:
     if clear:
         out.zero_()
     for grad, offset in zip(grads, offsets, strict=True):
         out[offset : offset + grad.numel()] = grad.reshape(-1)
+        exceeds_(flag, grad, limit)
 
 
 def flag_store_(flags: Tensor, place: int, value: int) -> None:
