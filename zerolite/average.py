@@ -54,7 +54,19 @@ class Average(Protocol):
         ...
 
 
-class Near:
+class Prompt:
+    """Rounds are waited for where they are taken in."""
+
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
+        sources = list(flight.wait())
+        self._add(sources, mean, done)
+        return sources
+
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
+        raise NotImplementedError
+
+
+class Near(Prompt):
     """An average beside the gradients."""
 
     apart = False
@@ -66,11 +78,6 @@ class Near:
         self.spare: Tensor | None = None
         self.coming: Mark = Reached()
         self.squares: Tensor | None = None
-
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        sources = list(flight.wait())
-        self._add(sources, mean, done)
-        return sources
 
     def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         first = self.value is None
@@ -109,14 +116,14 @@ class Near:
 class Staging:
     """What all buckets' rounds share on their way from the device to the host."""
 
-    def __init__(self, link: Link, worker: Worker, device: torch.device) -> None:
+    def __init__(self, link: Link, worker: Worker) -> None:
         self.link = link
         self.worker = worker
         self.leaving = Ring(link.near)  # averages on the device, until they are copied
         self.later = Ring(link.host)  # rounds after the first, until they are added
 
 
-class Far:
+class Far(Prompt):
     """An average on the host, of rounds on a device."""
 
     apart = True
@@ -128,7 +135,6 @@ class Far:
 
     def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, staging: Staging) -> None:
         self.numel = numel
-        self.dtype = dtype  # of a first round, but for those that begin with a local fp32 sum
         self.link = staging.link
         self.staging = staging
         self.parts = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
@@ -138,11 +144,6 @@ class Far:
         self.last: Mark = Reached()  # of what was cleared: it may still be written
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
-
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        sources = list(flight.wait())
-        self._add(sources, mean, done)
-        return sources
 
     def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         leaving, later = self.staging.leaving, self.staging.later

@@ -90,22 +90,44 @@ struct DeviceSources {
   }
 };
 
+void check_here(const Call& call, Dtype dtype, const Tensor& rest, const Tensor& m, const Tensor& v) {
+  if (dtype != Dtype::kFloat) call.here(rest, "rest");
+  call.here(m, "m");
+  call.here(v, "v");
+}
+
+// What an update reads beside what it writes.
+struct Inputs {
+  const Sources& sources;
+  const void* const* more;
+  const int64_t* spans;
+  int64_t count;  // of spans
+  const float* rows;
+};
+
+// Checks them, and calls run(Inputs).
+template <class Run>
+void with_inputs(const Call& call, int64_t numel, const std::vector<Tensor>& sources, const Tensor& spans,
+                 const Tensor& rows, double mean, const Run& run) {
+  call.here(sources, "sources");
+  const SourceList list(sources, numel, mean);
+  check_spans_shape(spans);
+  const HostTable<int64_t> work(spans, call);
+  const HostTable<float> hyper(rows, call);
+  check_spans(work.data, spans.size(0), numel, rows.size(0));
+  const DeviceSources more(list.view, call);
+  run(Inputs{list.view, more.pointers, work.data, spans.size(0), hyper.data});
+}
+
 void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Tensor> sources, Tensor spans, Tensor rows,
                   double mean) {
   const Call call("reduce_adam_", param, "param");
   const AdamTensors t = check_adam(param, rest, m, v, rows);
-  if (t.dtype != Dtype::kFloat) call.here(rest, "rest");
-  call.here(m, "m");
-  call.here(v, "v");
-  call.here(sources, "sources");
-  const SourceList list(sources, param.numel(), mean);
-  check_spans_shape(spans);
-  const HostTable<int64_t> work(spans, call);
-  const HostTable<float> hyper(rows, call);
-  check_spans(work.data, spans.size(0), param.numel(), rows.size(0));
-  const DeviceSources more(list.view, call);
-  run_adam(t, list.view, more.pointers, work.data, spans.size(0), hyper.data, [&](const AdamTask& task, int64_t tiles) {
-    call.ok(launch_adam(task, list.view.dtype, tiles, call.stream));
+  check_here(call, t.dtype, rest, m, v);
+  with_inputs(call, param.numel(), sources, spans, rows, mean, [&](const Inputs& in) {
+    run_adam(t, in.sources, in.more, in.spans, in.count, in.rows, [&](const AdamTask& task, int64_t tiles) {
+      call.ok(launch_adam(task, in.sources.dtype, tiles, call.stream));
+    });
   });
 }
 
@@ -113,22 +135,14 @@ void reduce_adam_moments_(Tensor param, Tensor rest, Tensor m, Tensor v, Tensor 
                           Tensor spans, Tensor rows, double mean) {
   const Call call("reduce_adam_moments_", param, "param");
   const MomentTensors t = check_moments(param, rest, m, v, scales, rows);
-  if (t.dtype != Dtype::kFloat) call.here(rest, "rest");
+  check_here(call, t.dtype, rest, m, v);
   if (t.bytes) call.here(scales, "scales");
-  call.here(m, "m");
-  call.here(v, "v");
-  call.here(sources, "sources");
-  const SourceList list(sources, param.numel(), mean);
-  check_spans_shape(spans);
-  const HostTable<int64_t> work(spans, call);
-  const HostTable<float> hyper(rows, call);
-  check_spans(work.data, spans.size(0), param.numel(), rows.size(0));
-  check_starts(work.data, spans.size(0));
-  const DeviceSources more(list.view, call);
-  run_moments(t, list.view, more.pointers, work.data, spans.size(0), hyper.data,
-              [&](const MomentTask& task, int64_t tiles) {
-                call.ok(launch_moments(task, list.view.dtype, tiles, call.stream));
-              });
+  with_inputs(call, param.numel(), sources, spans, rows, mean, [&](const Inputs& in) {
+    check_starts(in.spans, in.count);
+    run_moments(t, in.sources, in.more, in.spans, in.count, in.rows, [&](const MomentTask& task, int64_t tiles) {
+      call.ok(launch_moments(task, in.sources.dtype, tiles, call.stream));
+    });
+  });
 }
 
 void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumulate) {
