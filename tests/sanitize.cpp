@@ -65,6 +65,7 @@ void run_rest(const Kernels& table, Dtype dtype, int64_t start, int64_t stop) {
     table.reduce(wide.data, Dtype::kFloat, true, s, start, stop);
     table.reduce(same.data, dtype, false, s, start, stop);
     table.square_sum(limbs, s, start, stop);
+    table.reduce_squares(same.data, dtype, limbs, s, start, stop);
   }
   table.exceeds(a.data, dtype, 1e30f, start, stop);
   const int width = width_of(dtype);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zerolite.buffer import Link, Mark, Reached, Ring, Room, zeros
 from zerolite.comm import Pending
-from zerolite.kernels import LIMBS, reduce_, square_sum_
+from zerolite.kernels import LIMBS, reduce_, reduce_squares_
 from zerolite.worker import Worker
 
 
@@ -27,6 +27,7 @@ class Average(Protocol):
     value: Tensor | None  # 1D, layout.shard: compute dtype, or fp32 after a second round; there once `coming` is reached
     coming: Mark
     squares: Tensor | None  # int64 [parts, LIMBS]: exact sums of squares of the parts of parameters; None: not known
+    asked: bool  # whether the norm of this step's gradient was asked for
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
         """Takes in a round when it comes: the average of its sources, rounded to their dtype. `done` is called when they were
@@ -54,6 +55,11 @@ class Average(Protocol):
         ...
 
 
+def _parts(spans: Tensor) -> Tensor:
+    """`spans` with a row of its own for each."""
+    return torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+
+
 class Prompt:
     """Rounds are waited for where they are taken in."""
 
@@ -71,9 +77,12 @@ class Near(Prompt):
 
     apart = False
 
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, device: torch.device, spans: Tensor) -> None:
         self.numel = numel
         self.device = device
+        self.parts = _parts(spans)
+        self.sums: Tensor | None = None  # from the first norm on
+        self.asked = self.passing = False  # passing: squares are summed as a round passes, since the last step asked
         self.value: Tensor | None = None
         self.spare: Tensor | None = None
         self.coming: Mark = Reached()
@@ -90,7 +99,14 @@ class Near(Prompt):
             self.value = self.spare
         elif self.value.dtype != torch.float32 or len(sources) == 1:
             self.value, self.spare = self.value.to(torch.float32, copy=True), None
-        reduce_(self.value, sources, mean, not first)
+        self.squares = None
+        if first and self.passing:
+            if self.sums is None:
+                self.sums = torch.zeros(len(self.parts), LIMBS, dtype=torch.int64, device=self.device)
+            self.squares = self.sums.zero_()
+            reduce_squares_(self.value, self.squares, sources, self.parts, mean)
+        else:
+            reduce_(self.value, sources, mean, not first)
         done()
 
     def settled(self) -> Tensor | None:
@@ -98,14 +114,16 @@ class Near(Prompt):
 
     def widen(self) -> Tensor:
         assert self.value is not None
-        self.value, self.spare = self.value.float(), None
+        self.value, self.spare, self.squares = self.value.float(), None, None
         return self.value
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.numel, dtype=dtype, device=self.device)
 
     def clear(self, keep: bool) -> None:
-        self.value = None
+        if self.value is not None:
+            self.passing, self.asked = self.asked, False
+        self.value = self.squares = None
         if not keep:
             self.spare = None
 
@@ -137,7 +155,8 @@ class Far(Prompt):
         self.numel = numel
         self.link = staging.link
         self.staging = staging
-        self.parts = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+        self.parts = _parts(spans)
+        self.asked = False
         self.value: Tensor | None = None
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
         self.coming: Mark = Reached()
@@ -149,16 +168,16 @@ class Far(Prompt):
         leaving, later = self.staging.leaving, self.staging.later
         turn, fresh = leaving.lend(self.numel, sources[0].dtype)
         leaving.used[turn].wait()
-        reduce_(fresh, sources, mean, False)
-        done()
         if self.value is None:
+            self.squares = self.sums.zero_()
+            reduce_squares_(fresh, self.sums, sources, self.parts, mean)
+            done()
             self.last.sync()
             self.value = self._room(fresh.dtype)
             self.coming = leaving.used[turn] = self.link.down(self.value, fresh)
-            self.squares = self.sums.zero_()
-            if len(self.parts):
-                square_sum_(self.sums, [fresh], self.parts, 1.0)
             return
+        reduce_(fresh, sources, mean, False)
+        done()
         self.squares = None
         if self.value.dtype != torch.float32:
             self.widen()
@@ -222,11 +241,10 @@ class Joint(Far):
             sources = list(flight.wait())
             if earlier is not None and earlier is not value:
                 value.copy_(earlier)
-            reduce_(value, sources, mean, earlier is not None)
             if earlier is None:
-                self.sums.zero_()
-                if len(self.parts):
-                    square_sum_(self.sums, [value], self.parts, 1.0)
+                reduce_squares_(value, self.sums.zero_(), sources, self.parts, mean)
+            else:
+                reduce_(value, sources, mean, True)
             done()
 
         self.coming = self.staging.worker.submit(take)

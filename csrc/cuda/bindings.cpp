@@ -177,6 +177,11 @@ void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double 
                  });
 }
 
+void reduce_squares_(Tensor out, Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
+  reduce_(out, sources, mean, false);
+  square_sum_(sums, {out}, spans, 1.0);
+}
+
 void exceeds_(Tensor flag, Tensor src, double limit) {
   const Call call("exceeds_", flag, "flag");
   const Dtype dtype = check_exceeds(flag, src);
@@ -206,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerolite, CUDA, m) {
   m.impl("reduce_adam_moments_", TORCH_BOX(&reduce_adam_moments_));
   m.impl("reduce_", TORCH_BOX(&reduce_));
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
+  m.impl("reduce_squares_", TORCH_BOX(&reduce_squares_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));
   m.impl("pack_", TORCH_BOX(&pack_));
 }

@@ -30,6 +30,7 @@ _library.define(
 )
 _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
 _library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
+_library.define("reduce_squares_(Tensor(a!) out, Tensor(b!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
 _library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear, Tensor(b!) flag, float limit) -> ()")
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
@@ -40,7 +41,7 @@ _library.define("threads(int count) -> int")
 
 _library.impl("flag_store_", reference.flag_store_, "CompositeExplicitAutograd")
 _library.impl("flag_wait", reference.flag_wait, "CompositeExplicitAutograd")
-for _name in ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "exceeds_", "pack_"):
+for _name in ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "reduce_squares_", "exceeds_", "pack_"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zerolite::{_name}", lambda *_: None, lib=_library)
 
@@ -107,6 +108,14 @@ def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float)
     sources  tensors of one dtype, averaged and rounded as by `reduce_`
     """
     torch.ops.zerolite.square_sum_(sums, sources, spans, mean)
+
+
+def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
+    """`reduce_` without accumulation, and `square_sum_` of what it writes, in one pass; out has the sources' dtype.
+
+    spans  in order, disjoint
+    """
+    torch.ops.zerolite.reduce_squares_(out, sums, sources, spans, mean)
 
 
 def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:

@@ -111,6 +111,11 @@ def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float)
         sums[row] = torch.tensor([*words, nonfinite], dtype=torch.int64)
 
 
+def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
+    reduce_(out, sources, mean, False)
+    square_sum_(sums, [out], spans, 1.0)
+
+
 def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
     if not bool((src.float().abs() < _fp32(limit)).all()):
         flag.fill_(1)
