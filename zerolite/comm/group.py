@@ -160,12 +160,16 @@ class GroupComm:
         return None
 
     def _start(self, what: str, result: Tensor, call: Any) -> Waiting:
-        if not dist.is_initialized():
-            raise RankError(f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step.")
+        self.check(what)
         try:
             return Waiting(self, call(), result, what)
         except (RuntimeError, ValueError) as error:
             raise self.lost(what, error) from error
+
+    def check(self, what: str) -> None:
+        """Raises RankError where the group is gone."""
+        if not dist.is_initialized():
+            raise RankError(f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step.")
 
     def lost(self, what: str, error: Exception) -> RankError:
         """The error of a collective that failed, with its phase and the likely cause."""
@@ -194,12 +198,16 @@ class GroupComm:
         except (RuntimeError, ValueError):
             return []  # the store's host is gone or the group was destroyed: the collective itself reports that
         if posted == before and len(set(posted)) > 1:
-            table = "; ".join(f"rank {rank}: '{entry.split('|', 1)[1]}'" for rank, entry in enumerate(posted))
-            raise RankError(
-                f"ranks wait for different things: {table}. They took different paths through the model or the loop; "
-                "a module that only some ranks use must be gathered as one unit with its parent (units=...)."
-            )
+            raise self.disagreement([entry.split("|", 1)[1] for entry in posted])
         return posted
+
+    def disagreement(self, whats: list[str]) -> RankError:
+        """The error of ranks that wait for different things."""
+        table = "; ".join(f"rank {rank}: '{what}'" for rank, what in enumerate(whats))
+        return RankError(
+            f"ranks wait for different things: {table}. They took different paths through the model or the loop; "
+            "a module that only some ranks use must be gathered as one unit with its parent (units=...)."
+        )
 
     def retract(self) -> None:
         """Takes this rank's post back: it no longer waits."""

@@ -4,8 +4,8 @@
     home     parameters of a bucket     | parameters | flags: updated, for each rank of this host |
 
 What ranks on other hosts have travels over the process group, once a host: a slice of a gradient from its rank to the
-owner, and an updated shard from its owner to one rank of each other host, which writes it into that host's home. Set-up,
-agreement and norms use the process group.
+owner, and an updated shard from its owner to one rank of each other host, which writes it into that host's home.
+Set-up uses the process group; so do agreement and norms where there are several hosts (on one: board.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zerolite.comm import Comm, Pending
+from zerolite.comm.board import Board
 from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.group import PATIENCE, GroupComm
 from zerolite.comm.lane import Lane, LaneSpec
@@ -103,6 +104,7 @@ class SharedComm:
                 descriptor = os.pidfd_open(pid)
                 self._watched.append(descriptor)
                 self._poll.register(descriptor, select.POLLIN)
+        self.board = Board(self) if len(self.hosts) == 1 else None
 
     def __del__(self) -> None:
         for descriptor in self._watched:
@@ -178,12 +180,6 @@ class SharedComm:
     def gather(self, full: Tensor, shard: Tensor, what: str) -> Pending:
         return self.group.gather(full, shard, what)
 
-    def sum_(self, values: Tensor, what: str) -> None:
-        self.group.sum_(values, what)
-
-    def max_(self, values: Tensor, what: str) -> None:
-        self.group.max_(values, what)
-
     def broadcast_(self, values: Tensor, what: str) -> None:
         self.group.broadcast_(values, what)
 
@@ -196,6 +192,18 @@ class SharedComm:
         return [values[rank] for rank in self.here]
 
     # ---- in shared memory
+
+    def sum_(self, values: Tensor, what: str) -> None:
+        if self.board is None or not Board.fits(values):
+            return self.group.sum_(values, what)
+        self.ledger.enter(what, 0)
+        values.copy_(self.board.meet(values, what).sum(0).view(values.shape))
+
+    def max_(self, values: Tensor, what: str) -> None:
+        if self.board is None or not Board.fits(values):
+            return self.group.max_(values, what)
+        self.ledger.enter(what, 0)
+        values.copy_(self.board.meet(values, what).amax(0).view(values.shape))
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
         near, far = [spec for spec in specs if not spec.scatter], [spec for spec in specs if spec.scatter]
