@@ -156,11 +156,11 @@ def peak(comm, stage, dtype, micro, clip, kind):
     return plan.bytes_peak["host"] - plan.setting.beside, watch.most, max(row.full for row in plan.rows)
 
 
-@pytest.mark.parametrize("stage,world", [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 4)])
+@pytest.mark.parametrize("stage,world", [(0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 4)])
 @pytest.mark.parametrize("kind", [even, Net, untied])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_peak_of_a_step_is_the_planned_one_within_a_bucket(stage, world, kind, dtype):
-    for micro, clip in ((1, False), (1, True), (2, True), (3, False))[: 4 if stage >= 2 else 3]:
+    for micro, clip in ((1, False), (1, True), (2, False), (2, True), (3, False), (3, True), (4, False)):
         options = (stage, dtype, micro, clip, kind)
         for planned, seen, bucket in on_threads(world, peak, *options) if world > 1 else [peak(LocalComm(), *options)]:
             # a gradient that autograd holds has no padding, and one that waits for its bucket is a bit more
@@ -174,14 +174,15 @@ def heard_peak(rank, runs, clip):
         model, optimizer = make(run, None)
         with zerolite.MemoryTimeline(optimizer) as timeline:
             for step in range(2):
-                loss_of(model, tokens_for(step, 0, rank)).backward()
+                for part in range(run.micro):
+                    loss_of(model, tokens_for(step, part, rank)).backward()
                 if clip:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
         plan = zerolite.plan(
             meta(), stage=run.stage, world=2, param_dtype=run.dtype, bucket_mb=run.bucket_mb, clip=clip,
-            ranks_per_host=2 if optimizer.plan.setting.shared else 1,
+            micro_batches=run.micro, ranks_per_host=2 if optimizer.plan.setting.shared else 1,
         )  # fmt: skip
         found.append((plan.bytes_peak["host"] - plan.setting.beside, timeline.peak.sample, max(r.full for r in plan.rows)))
     return found
@@ -189,10 +190,12 @@ def heard_peak(rank, runs, clip):
 
 @pytest.mark.parametrize("shared", ["0", "1"])
 def test_the_peak_of_processes_is_the_planned_one_within_a_bucket(shared):
-    runs = [Run(stage=stage, dtype=torch.bfloat16, bucket_mb=1e-3) for stage in (0, 1, 2, 3)]
+    runs = [Run(stage=s, dtype=torch.bfloat16, bucket_mb=1e-3, micro=micro) for s in (0, 1, 2, 3) for micro in (1, 2, 3, 4)]
     for found in on_processes(2, heard_peak, runs, True, env={"ZEROLITE_SHARED": shared}, timeout=60.0):
         for run, (planned, sample, bucket) in zip(runs, found, strict=True):
-            assert sample.live - 64 <= planned <= sample.live + bucket, (run.stage, planned, sample, bucket)
+            # buffers do not tell of the whole fp32 average that a bucket's update takes at stage 0
+            unseen = 2 * bucket if run.stage == 0 and run.micro > 1 else 0
+            assert sample.live - 64 <= planned <= sample.live + bucket + unseen, (run, planned, sample, bucket)
 
 
 def live_arena(rank, runs):

@@ -62,3 +62,16 @@ def most(trips: Sequence[Trip]) -> Most:
             look(near, early + max(trip.arrived + trip.packed, trip.flight) + before - missing)
             before = trip.flight
     return max(moments, key=sum)
+
+
+def passing(buckets: Sequence[int], averages: Sequence[int]) -> int:
+    """The most that a round takes while its buckets go out one after the other, beside what is packed and earlier sums.
+
+    The bucket that is averaged and the next one have slices. Averages stay (`averages`: as far as earlier sums do not hold
+    them), and a packed copy is gone once its slices are averaged.
+    """
+    found, beside = 0, 0
+    for slices, after, new in zip(buckets, [*buckets[1:], 0], averages, strict=True):
+        found = max(found, beside + slices + after + new)
+        beside += new - slices
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from zerolite.backward import Most, Trip, most
+from zerolite.backward import Most, Trip, most, passing
 from zerolite.layout import ALIGN, Layout
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
@@ -133,7 +133,7 @@ class Plan:
         else:
             # as autograd gave them, beside the packed copy that rests; all copies stay from step to step in shared memory
             filling = _top(buckets) if self.setting.shared else _top(buckets[-1:])
-            yield self._term("buckets in flight", "backward", "device", filling)
+            yield self._term("buckets in flight", "backward", "device", max(filling, self._at_the_last_backward(buckets)))
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
         if self.params.sharded and not self._home:
             yield self._term("units in use", "backward", "device", self._backward().units)
@@ -167,7 +167,8 @@ class Plan:
 
         kept  of the rows whose states stay on the device, of the others, or (None) of all
         """
-        wide = self.grads.sharded or self.setting.shared or self.setting.micro_batches > 2
+        read = self.setting.shared and self.setting.clip  # for a norm every round is added, though its slots stay
+        wide = self.grads.sharded or read or self.setting.micro_batches > 2
         total = 0
         for row in self.trained:
             if kept is None or row.kept == kept:
@@ -220,10 +221,29 @@ class Plan:
             widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in self.trained]
             whole = _top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
             whole += whole // self.size
+            if self.setting.clip and not self.setting.shared:  # every round has gone out: all averages, no packed copy
+                averages = sum(row.layout.shard * width for row, width in zip(self.trained, widths, strict=True))
+                sums = self._sums() if self.setting.micro_batches > 1 else 0
+                whole += averages - sums - self.at_rest("grads")
+        return max(self._slices(buckets, self.setting.micro_batches, self.setting.clip), whole)
+
+    def _at_the_last_backward(self, buckets: Sequence[int]) -> int:
+        """Slices, where gradients rest whole: the round before goes out as the last backward begins, while all that autograd
+        saved is held. Less the sums that this round begins or widens, which are not there yet."""
+        rounds = self.setting.micro_batches
+        if rounds < 2 or self.alone:
+            return 0
+        narrow = sum(row.layout.shard * row.widths.param for row in self.trained)
+        there = 0 if rounds == 2 else narrow if rounds == 3 else self._sums()
+        return self._slices(buckets, rounds - 1, True) - (self._sums() - there)
+
+    def _slices(self, buckets: Sequence[int], number: int, outward: bool) -> int:
+        """The most that round `number` takes as it goes out (outward), or as buckets are updated, in forward order."""
         if self.setting.shared:
-            return max(self._far(buckets), whole)
-        kept = self.setting.clip or self.setting.micro_batches > 1  # all rounds go out before one is averaged
-        return max(sum(buckets) if kept else _pair(buckets), whole)
+            return self._far(buckets)
+        rows = list(reversed(self.trained)) if outward else self.trained
+        new = [row.layout.shard * {1: row.widths.param, 2: FP32 - row.widths.param}.get(number, 0) for row in rows]
+        return passing([row.full for row in rows], new)
 
     def _far(self, buckets: Sequence[int]) -> int:
         """Slices to and from ranks of other hosts: two buckets, sent and received."""

@@ -138,12 +138,17 @@ class Reducer:
             self._send()
 
     def _send(self) -> None:
-        for bucket in self.order:
+        """Every bucket goes out; the one before it is averaged meanwhile where it cannot last as it is, so that slices of two
+        are held, not of all."""
+        for k, bucket in enumerate(self.order):
             grads_of(bucket).start()  # averages the earlier round whose memory it needs
-        for bucket in self.order:
-            if not grads_of(bucket).lane.lasting:
-                grads_of(bucket).finish()
+            self._average(k - 1)
+        self._average(len(self.order) - 1)
         self.open = False
+
+    def _average(self, position: int) -> None:
+        if position >= 0 and not grads_of(self.order[position]).lane.lasting:
+            grads_of(self.order[position]).finish()
 
     def _widen(self) -> None:
         """The local sums become the beginning of a round, on all ranks."""
