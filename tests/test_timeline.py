@@ -21,7 +21,7 @@ from zerolite.comm.local import LocalComm
 from zerolite.memory import FINE, KEPT, Process
 from zerolite.timeline.page import page as html
 from zerolite.timeline.peak import explain, largest_items
-from zerolite.timeline.record import TERMS, Recording, Sample, amount, stretches, thin
+from zerolite.timeline.record import TERMS, Recording, Sample, amount, short, stretches, thin
 
 
 def step(model, optimizer, number=0, rank=0):
@@ -220,10 +220,11 @@ def test_the_page_is_whole_without_network_and_script(tmp_path):
     assert timeline.files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def drawn(count, length, buckets=2, change=10):
+def drawn(count, length, buckets=2, change=10, name="h"):
     """A page of `count` samples over `length` seconds, and its text; a bucket changes at every `change`th sample."""
     record = recording({"params": 10 * 2**20}, REST)
-    record.conditions, record.buckets = {"stage": 3}, [f"h.{k} 0" for k in range(buckets)]
+    record.conditions, record.buckets = {"stage": 3}, [f"{name}.{k} 0" for k in range(buckets)]
+    record.at_peak = {bucket: dict.fromkeys(TERMS, 0) for bucket in record.buckets}
     for k in range(count):
         held = tuple(2**20 + (k % change == 0) * (row + 1) for row in range(buckets))
         live = (5 * 2**20,) + (k % change,) * (len(TERMS) - 1)
@@ -342,3 +343,8 @@ def test_ranks_of_processes(stage, ranks, env, tmp_path):
         wanted = [] if ranks == "first" and rank else [f"memory{suffix}.json", f"memory{suffix}.html"]
         assert files[:2] == wanted and events > 20 and proportional > 0
         assert (kept > 0) == (not env)  # slots of shared memory stay, messages do not
+
+
+def test_long_names_keep_their_end():
+    assert [short(name, 5) for name in ("h.1 0", "block.1 0")] == ["h.1 0", "….1 0"]
+    assert "…" in drawn(20, 1.0, name="n" * 80) and "n" * 80 in drawn(20, 1.0, name="n" * 80)

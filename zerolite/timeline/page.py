@@ -10,7 +10,18 @@ from string import Template
 
 from zerolite.memory import NAMES
 from zerolite.timeline.peak import Peak
-from zerolite.timeline.record import PHASE_COLOURS, PHASES, TERM_COLOURS, TERMS, Recording, Sample, amount, stretches, thin
+from zerolite.timeline.record import (
+    PHASE_COLOURS,
+    PHASES,
+    TERM_COLOURS,
+    TERMS,
+    Recording,
+    Sample,
+    amount,
+    short,
+    stretches,
+    thin,
+)
 from zerolite.timeline.script import SCRIPT, STYLE
 
 _MOST = 1200  # samples that are drawn
@@ -88,11 +99,6 @@ def page(record: Recording, peak: Peak) -> str:
 
 def _called(phase: str) -> str:
     return "between" if phase == "other" else phase
-
-
-def _short(name: str, most: int) -> str:
-    """The end of a name that is too long for its place."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _tick(number: float) -> str:
@@ -213,7 +219,7 @@ def _figure(record: Recording, samples: list[Sample], peak: Sample) -> str:
         f'<g id="rest" transform="translate(0,{rest:.1f})"><line x1="{LEFT}" x2="{WIDTH - RIGHT}" class="rest"/>'
         f'<text x="{WIDTH - RIGHT + 5}" y="4" class="small">plan {amount(record.rest)}</text></g>'
         f'<g id="peak"><circle cx="{x:.1f}" cy="{y:.1f}" r="4"/><text x="{x + side[1]:.1f}" y="{y - 8:.1f}" '
-        f'text-anchor="{side[0]}">peak {amount(peak.live)}: {escape(_short(peak.label, 70))}</text></g>{_seconds(scale)}'
+        f'text-anchor="{side[0]}">peak {amount(peak.live)}: {escape(short(peak.label, 70))}</text></g>{_seconds(scale)}'
         f'<line y1="{TOP}" y2="{HEIGHT}" class="cross" visibility="hidden"/></svg>'
     )
 
@@ -263,7 +269,7 @@ def _rows(record: Recording, samples: list[Sample], names: list[str], most: dict
         held_text = f"{amount(least)} to {amount(most[name])}" if most[name] > least else amount(least)
         parts.append(
             f'<polygon fill="#7a93bd" points="{" ".join(points)}"/>'
-            f'<text x="{LEFT - 6}" y="{top + ROW - 6}" text-anchor="end" class="small">{escape(_short(name, 26))}</text>'
+            f'<text x="{LEFT - 6}" y="{top + ROW - 6}" text-anchor="end" class="small">{escape(short(name, 26))}</text>'
             f'<text x="{WIDTH - RIGHT + 5}" y="{top + ROW - 6}" class="small">{held_text}</text>'
         )
     height = len(names) * ROW + 4
