@@ -202,7 +202,7 @@ class Checker(HTMLParser):
         self.open, self.outside = [], []
 
     def handle_starttag(self, tag, attrs):
-        self.outside += [value for name, value in attrs if name in ("src", "href")]
+        self.outside += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -225,6 +225,34 @@ def test_the_comparison_is_one_escaped_page():
     assert '<td class="better">0.500</td>' in text and "a &lt;b&gt;" in text
     with pytest.raises(ValueError, match="in common, got none"):
         compare.page(a[:1], [row("zerolite 3")], ("a", "b"))
+
+
+def test_the_comparison_says_what_one_side_lacks():
+    a = [row("zerolite 2"), row("DDP"), row("FSDP2"), row("zerolite 3", wire=None)]
+    b = [row("zerolite 2", step=0.8), row("zerolite 3", peak=None)]
+    text = compare.page(a, b, ("a", "b"))
+    assert text.count("<li>only in A: <b>step, gpt2-5M, 2 ranks</b>: DDP; FSDP2</li>") == 1 and "only in B" not in text
+    assert "<td>zerolite 3</td><td>2,048</td><td>–</td>" in text and "<td>zerolite 3</td><td>–</td><td>1</td>" in text
+    assert '<td class="worse">1</td>' in text and 'href="#s0"' in text and 'id="s0"' in text
+
+
+def test_what_is_measured_does_not_tell_rows_apart():
+    a, b = ({"benchmark": "largest", "system": "zerolite 3", "ranks": 2, "numel": n} for n in (100_000_000, 200_000_000))
+    assert '<td class="better">2.000</td>' in compare.page([a], [b], ("a", "b"))
+
+
+def test_conditions_of_several_rows_are_told_once_each():
+    a = [row("zerolite 2", conditions={"memory": 2**30, "gpu": None, "commit": c}) for c in ("c1", "c2", "c1")]
+    text = compare.page(a, a[:1], ("a", "b"))
+    assert "<td>memory</td><td>1.0 GiB</td>" in text and "<td>gpu</td><td>none</td>" in text
+    assert "<td>commit</td><th>c1; c2</th><th>c1</th>" in text
+
+
+def test_forecasts_are_compared_by_model_and_calibrations_are_no_empty_section():
+    rows = [{"benchmark": "scale", "kind": "forecast", "model": "7b", "ranks": n, "serial": 1.0} for n in (8, 16)]
+    rows.append({"benchmark": "scale", "kind": "calibration", "model": "5M", "ranks": 1, "system": "zerolite 1"})
+    text = compare.page(rows, rows, ("a", "b"))
+    assert text.count("<h2") == 1 and "<td>ranks 8</td>" in text and "<td>ranks 16</td>" in text
 
 
 def test_stored_results_become_a_page_and_compare_with_themselves():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 import weakref
 from html.parser import HTMLParser
 
@@ -18,8 +19,9 @@ from zerolite import memory as memory_module
 from zerolite import timeline as package
 from zerolite.comm.local import LocalComm
 from zerolite.memory import FINE, KEPT, Process
+from zerolite.timeline.page import page as html
 from zerolite.timeline.peak import explain, largest_items
-from zerolite.timeline.record import TERMS, Recording, Sample, amount, stretches, thin
+from zerolite.timeline.record import TERMS, Recording, Sample, amount, short, stretches, thin
 
 
 def step(model, optimizer, number=0, rank=0):
@@ -162,6 +164,15 @@ def test_nothing_is_proposed_that_saves_nothing():
     assert explain(alone).cures == []
 
 
+@pytest.mark.parametrize("term,words", [("grads", "stage=2 or higher cuts"), ("params", "stage=3 cuts")])
+def test_no_stage_above_the_highest_is_proposed(term, words):
+    assert explain(recording({term: 900}, REST, **{f"{term} whole": True})).cures[0].startswith(words)
+
+
+def test_of_equal_items_what_does_not_rest_comes_first():
+    assert largest_items({"a": {"moments": 9}, "b": {"flight": 9}}, 1) == [("b", "flight", 9)]
+
+
 def test_largest_items_and_amounts():
     assert largest_items({"a": {"params": 3, "units": 0}, "b": {"params": 9}}) == [("b", "params", 9), ("a", "params", 3)]
     assert [amount(n) for n in (0, 1023, 1024, 300 * 1024, 2**20, 5 * 2**30)] == [
@@ -207,6 +218,34 @@ def test_the_page_is_whole_without_network_and_script(tmp_path):
     assert raw["peak"] == timeline.peak.text and len(raw["samples"]) == len(timeline.samples)
     assert raw["samples"][3]["terms"] == list(timeline.samples[3].terms)
     assert timeline.files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(count, length, buckets=2, change=10, name="h"):
+    """A page of `count` samples over `length` seconds, and its text; a bucket changes at every `change`th sample."""
+    record = recording({"params": 10 * 2**20}, REST)
+    record.conditions, record.buckets = {"stage": 3}, [f"{name}.{k} 0" for k in range(buckets)]
+    record.at_peak = {bucket: dict.fromkeys(TERMS, 0) for bucket in record.buckets}
+    for k in range(count):
+        held = tuple(2**20 + (k % change == 0) * (row + 1) for row in range(buckets))
+        live = (5 * 2**20,) + (k % change,) * (len(TERMS) - 1)
+        record.samples.append(Sample(k * length / (count - 1), "forward", "gather", "h.0 0", live, held, Process(10**9 + k)))
+    return html(record, explain(record))
+
+
+def test_one_time_is_at_one_place_in_all_figures():
+    boxes = re.findall(r'viewBox="(\S+) \S+ (\S+) \S+"', drawn(50, 2.0))
+    assert len(boxes) == 3 and len(set(boxes)) == 1
+
+
+@pytest.mark.parametrize("length,wanted", [(3000.0, "1000 s"), (2.5, "0.5 s"), (0.05, "5 ms"), (0.0002, "0.02 ms")])
+def test_numbers_of_the_time_axis(length, wanted):
+    text = drawn(20, length)
+    assert f">{wanted}</text>" in text and not re.search(r">[\d.]+e[+-]\d+ m?s<", text)
+
+
+def test_a_long_recording_is_a_page_that_opens():
+    """Level stretches cost nothing, and of many samples a fixed number is drawn."""
+    assert len(drawn(20_000, 60.0, buckets=80, change=200)) < 1_200_000
 
 
 def test_names_from_the_model_are_escaped(tmp_path):
@@ -304,3 +343,8 @@ def test_ranks_of_processes(stage, ranks, env, tmp_path):
         wanted = [] if ranks == "first" and rank else [f"memory{suffix}.json", f"memory{suffix}.html"]
         assert files[:2] == wanted and events > 20 and proportional > 0
         assert (kept > 0) == (not env)  # slots of shared memory stay, messages do not
+
+
+def test_long_names_keep_their_end():
+    assert [short(name, 5) for name in ("h.1 0", "block.1 0")] == ["h.1 0", "….1 0"]
+    assert "…" in drawn(20, 1.0, name="n" * 80) and "n" * 80 in drawn(20, 1.0, name="n" * 80)

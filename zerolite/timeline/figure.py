@@ -8,7 +8,18 @@ from typing import Any
 
 from zerolite.memory import NAMES
 from zerolite.timeline.peak import Peak
-from zerolite.timeline.record import PHASE_COLOURS, PHASES, TERM_COLOURS, TERMS, Recording, Sample, amount, stretches, thin
+from zerolite.timeline.record import (
+    PHASE_COLOURS,
+    PHASES,
+    TERM_COLOURS,
+    TERMS,
+    Recording,
+    Sample,
+    amount,
+    short,
+    stretches,
+    thin,
+)
 
 _MIB = 2**20
 _MOST = 4000  # samples that are drawn
@@ -24,10 +35,13 @@ def draw(record: Recording, peak: Peak, path: Path) -> None:
     largest = sorted(most, key=lambda name: -most[name])[:_ROWS]
     names = [name for name in record.buckets if name in largest]
     rows = 0.17 * len(names) + 0.1
-    height = 7.4 + rows
+    lines = [peak.text, *(f"To hold less: {cure}" for cure in peak.cures[:2])]
+    wrapped = [line for text in lines for line in textwrap.wrap(text, 172)]
+    below_axes = 0.65 + 0.16 * max(len(wrapped), 7)  # inches
+    height = 5.65 + below_axes + rows
     figure = Figure(figsize=(12.5, height), dpi=100)
     FigureCanvasAgg(figure)
-    edges = {"left": 0.125, "right": 0.79, "top": 1 - 0.78 / height, "bottom": 1.75 / height}
+    edges = {"left": 0.125, "right": 0.79, "top": 1 - 0.78 / height, "bottom": below_axes / height}
     grid = figure.add_gridspec(4, 1, height_ratios=[0.2, 3.3, 1.1, rows], hspace=0.12, **edges)
     strip = figure.add_subplot(grid[0])
     main, below, last = (figure.add_subplot(grid[k], sharex=strip) for k in (1, 2, 3))
@@ -47,9 +61,7 @@ def draw(record: Recording, peak: Peak, path: Path) -> None:
         ha="left",
         fontsize=12.5,
     )
-    lines = [peak.text, *(f"To hold less: {cure}" for cure in peak.cures[:2])]
-    wrapped = "\n".join(line for text in lines for line in textwrap.wrap(text, 172))
-    figure.text(0.05, 1.18 / height, wrapped, va="top", ha="left", fontsize=8.5, color="0.2")
+    figure.text(0.05, (below_axes - 0.57) / height, "\n".join(wrapped), va="top", ha="left", fontsize=8.5, color="0.2")
     _save(figure, path)
 
 
@@ -93,18 +105,18 @@ def _terms(axes: Any, record: Recording, samples: list[Sample], peak: Sample) ->
             continue  # nor in the legend
         top = [low + value for low, value in zip(base, values, strict=True)]
         axes.fill_between(seconds, base, top, step="post", color=TERM_COLOURS[term], linewidth=0, label=NAMES[term])
-        short = [
+        slim = [
             k for k in range(len(seconds) - 1) if values[k] and seconds[k + 1] - seconds[k] < (seconds[-1] - seconds[0]) / 900
         ]
-        if short:  # narrower than a pixel, and peaks often are
-            at = [seconds[k] for k in short], [base[k] for k in short], [top[k] for k in short]
+        if slim:  # narrower than a pixel, and peaks often are
+            at = [seconds[k] for k in slim], [base[k] for k in slim], [top[k] for k in slim]
             axes.vlines(*at, color=TERM_COLOURS[term], linewidth=0.9)
         base = top
     axes.axhline(record.rest / _MIB, color="0.15", linestyle="--", linewidth=1.2, label="planned at rest")
     axes.plot([peak.seconds], [peak.live / _MIB], "o", color="black", markersize=5, zorder=5)
     right = peak.seconds > (seconds[0] + seconds[-1]) / 2
     axes.annotate(
-        f"peak {amount(peak.live)}: {peak.label}",
+        f"peak {amount(peak.live)}: {short(peak.label, 60)}",
         (peak.seconds, peak.live / _MIB),
         xytext=(-12 if right else 12, 14),
         textcoords="offset points",
@@ -154,7 +166,7 @@ def _buckets(axes: Any, record: Recording, samples: list[Sample], names: list[st
         text = f"{amount(least)} to {amount(most[name])}"
         axes.text(1.012, row + 0.6, text, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center")
     axes.set_ylim(len(names), 0)
-    shown = [name if len(name) <= 20 else f"…{name[-19:]}" for name in names]
+    shown = [short(name, 20) for name in names]
     axes.set_yticks([row + 0.6 for row in range(len(names))], shown, fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds")

@@ -10,27 +10,39 @@ from string import Template
 
 from zerolite.memory import NAMES
 from zerolite.timeline.peak import Peak
-from zerolite.timeline.record import PHASE_COLOURS, PHASES, TERM_COLOURS, TERMS, Recording, Sample, amount, stretches, thin
+from zerolite.timeline.record import (
+    PHASE_COLOURS,
+    PHASES,
+    TERM_COLOURS,
+    TERMS,
+    Recording,
+    Sample,
+    amount,
+    short,
+    stretches,
+    thin,
+)
 from zerolite.timeline.script import SCRIPT, STYLE
 
 _MOST = 1200  # samples that are drawn
 _ROWS = 80  # buckets that are drawn, the largest
-LEFT, RIGHT, TOP, WIDTH, HEIGHT, ROW = 76, 14, 22, 1000, 330, 22  # of the figures, in pixels
+LEFT, RIGHT, TOP, WIDTH, HEIGHT, ROW = 170, 130, 22, 1024, 330, 22  # of all figures, in pixels: one time is at one place
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Memory timeline</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>$style</style></head><body>
 <h1>Memory timeline</h1>
-<p class="peak">$peak</p>$cures
+<div class="peak">$peak</div>$cures
 <h2>Live tensors by term</h2>
 <div id="toggles">$terms</div>
-$figure
+<div class="wide">$figure</div>
 <p class="note">Time runs from left to right, $seconds; the bar on top shows the phase: $phases. The dashed line is what the
-plan rests at. Activations and what else the program holds are no part of these terms; the memory of the process is below.</p>
+plan rests at. Activations and what else the program holds are no part of these terms; the memory of the process is below.
+<span class="hint">Point at a figure for values; in the first the arrow keys go from event to event, P to the peak.</span></p>
 <h2>Memory of the process</h2>
 $process
 <h2>What each bucket holds when</h2>
-$rows
+<div class="wide">$rows</div>
 <p class="note">Each row shows what it holds beyond its least, up to its most; both stand on the right.$left_out</p>
 <h2>At the peak, by bucket</h2>
 $table
@@ -64,7 +76,7 @@ def page(record: Recording, peak: Peak) -> str:
     return _PAGE.substitute(
         style=STYLE,
         script=SCRIPT,
-        peak=escape(peak.text),
+        peak="".join(f"<p>{escape(line)}</p>" for line in peak.lines),
         cures=f"<p>What would lower it:</p><ul>{cures}</ul>" if cures else "",
         terms=" ".join(
             f'<label><input type="checkbox" data-term="{k}" checked><i style="background:{TERM_COLOURS[term]}"></i>'
@@ -72,37 +84,50 @@ def page(record: Recording, peak: Peak) -> str:
             for k, term in enumerate(TERMS)
             if any(sample.terms[k] for sample in samples)
         ),
-        phases=", ".join(
-            f'<i style="background:{PHASE_COLOURS[phase]}"></i>{"between" if phase == "other" else phase}' for phase in shown
-        ),
+        phases=", ".join(f'<span><i style="background:{PHASE_COLOURS[phase]}"></i>{_called(phase)}</span>' for phase in shown),
         figure=_figure(record, samples, peak.sample),
         process=_process(record.samples),
-        seconds=f"{spent:.2f} s",
+        seconds=f"{spent:,.2f} s" if spent >= 1 else f"{spent * 1e3:.3g} ms",
         rows=_rows(record, samples, names, most),
         left_out=f" The {len(most) - len(names)} smallest are left out." if len(most) > len(names) else "",
         table=_bucket_table(record, most),
         by_term=_term_table(record, peak.sample),
-        conditions=_table(["", ""], [[name, str(value)] for name, value in conditions.items()]),
-        data=json.dumps(_data(record, samples, names)).replace("</", "<\\/"),
+        conditions=_table(["", ""], [[name, str(value)] for name, value in conditions.items()], "pairs"),
+        data=json.dumps(_data(record, samples, names, peak.sample), separators=(",", ":")).replace("</", "<\\/"),
     )
 
 
-def _data(record: Recording, samples: list[Sample], names: list[str]) -> dict[str, object]:
+def _called(phase: str) -> str:
+    return "between" if phase == "other" else phase
+
+
+def _tick(number: float) -> str:
+    """A number of an axis: round, so without zeros behind the point."""
+    return amount(number).replace(".00 ", " ").replace(".0 ", " ")
+
+
+def _data(record: Recording, samples: list[Sample], names: list[str], peak: Sample) -> dict[str, object]:
     """What the script draws from."""
     places = [record.buckets.index(name) for name in names]
     return {
         "terms": [NAMES[term] for term in TERMS],
         "colours": [TERM_COLOURS[term] for term in TERMS],
-        "rest": record.rest,
+        "high": _high(record, peak),
         "buckets": names,
         "box": {"left": LEFT, "right": RIGHT, "top": TOP, "width": WIDTH, "height": HEIGHT, "row": ROW},
         "seconds": [round(sample.seconds, 6) for sample in samples],
-        "labels": [f"{sample.phase}: {sample.label}" for sample in samples],
+        "labels": [f"{_called(sample.phase)}: {sample.label}" for sample in samples],
+        "peak": next((k for k, sample in enumerate(samples) if sample is peak), None),
         "live": [sample.terms for sample in samples],
-        "held": [[sample.buckets[k] if k < len(sample.buckets) else 0 for k in places] for sample in samples],
+        "held": [_changes([sample.buckets[k] if k < len(sample.buckets) else 0 for sample in samples]) for k in places],
         "resident": [sample.process.resident for sample in samples],
         "allocated": [sample.process.allocated for sample in samples],
     }
+
+
+def _changes(values: Sequence[float]) -> list[tuple[int, float]]:
+    """(place, value) where a value differs from the one before: most buckets rest most of the time."""
+    return [(k, value) for k, value in enumerate(values) if not k or value != values[k - 1]]
 
 
 # ---- figures
@@ -123,12 +148,13 @@ class _Scale:
         return self.bottom - (number - self.low) / self.span * (self.bottom - self.top)
 
     def steps(self, samples: Sequence[Sample], values: Sequence[float]) -> list[str]:
-        """Points of a line that keeps each value until the next."""
-        points = [f"{self.x(samples[0].seconds):.1f},{self.y(values[0]):.1f}"] if samples else []
-        for before, sample, value in zip(values, samples[1:], values[1:], strict=False):
-            x = f"{self.x(sample.seconds):.1f}"
-            points += [f"{x},{self.y(before):.1f}", f"{x},{self.y(value):.1f}"]
-        return points
+        """Points of a line that keeps each value until the next; none within a level stretch."""
+        points: list[str] = []
+        for k, value in _changes(values):
+            x = f"{self.x(samples[k].seconds):.1f}"
+            points += [f"{x},{self.y(values[k - 1]):.1f}"] if k else []
+            points.append(f"{x},{self.y(value):.1f}")
+        return [*points, f"{self.x(samples[-1].seconds):.1f},{self.y(values[-1]):.1f}"]
 
 
 def ticks(low: float, high: float) -> list[int]:
@@ -145,13 +171,31 @@ def ticks(low: float, high: float) -> list[int]:
 def _axis(scale: _Scale, low: float, high: float) -> str:
     return "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{scale.y(value):.1f}" y2="{scale.y(value):.1f}" class="grid"/>'
-        f'<text x="{LEFT - 8}" y="{scale.y(value) + 4:.1f}" text-anchor="end">{amount(value)}</text>'
+        f'<text x="{LEFT - 8}" y="{scale.y(value) + 4:.1f}" text-anchor="end">{_tick(value)}</text>'
         for value in ticks(low, high)
     )
 
 
+def _seconds(scale: _Scale) -> str:
+    """Numbers below the figure, ten at most."""
+    unit, factor = ("ms", 1e3) if scale.length < 0.1 else ("s", 1.0)
+    length = scale.length * factor
+    power = 10.0 ** math.floor(math.log10(length))
+    step = next(power * k for k in (0.1, 0.2, 0.5, 1, 2) if length / (power * k) <= 10)
+    return "".join(
+        f'<text x="{scale.x(scale.first + k * step / factor):.1f}" y="{HEIGHT + 17}" text-anchor="middle">'
+        f"{k * step:g} {unit}</text>"
+        for k in range(int(length / step) + 1)
+    )
+
+
+def _high(record: Recording, peak: Sample) -> float:
+    """The upper end of the figure."""
+    return max(peak.live, record.rest, 1) * 1.12
+
+
 def _figure(record: Recording, samples: list[Sample], peak: Sample) -> str:
-    high = max(peak.live, record.rest) * 1.12
+    high = _high(record, peak)
     scale = _Scale(samples[0].seconds, samples[-1].seconds, 0, high, TOP, HEIGHT)
     base = [0] * len(samples)
     areas = []
@@ -168,25 +212,21 @@ def _figure(record: Recording, samples: list[Sample], peak: Sample) -> str:
     x, y = scale.x(peak.seconds), scale.y(peak.live)
     side = ("end", -8) if x > WIDTH / 2 else ("start", 8)
     rest = scale.y(record.rest)
-    power = 10 ** math.floor(math.log10(scale.length))
-    step = next(power * k for k in (0.1, 0.2, 0.5, 1, 2) if scale.length / (power * k) <= 10)
-    seconds = "".join(
-        f'<text x="{scale.x(scale.first + k * step):.1f}" y="{HEIGHT + 17}" text-anchor="middle">{k * step:.3g} s</text>'
-        for k in range(int(scale.length / step) + 1)
-    )
     return (
-        f'<svg id="figure" viewBox="0 0 {WIDTH + 24} {HEIGHT + 24}" role="img" aria-label="live bytes by term over time">'
+        f'<svg id="figure" viewBox="0 0 {WIDTH} {HEIGHT + 24}" role="img" tabindex="0" '
+        f'aria-label="live bytes by term over time">'
         f'{bands}<g id="axis">{_axis(scale, 0, high)}</g>{"".join(areas)}'
-        f'<line id="rest" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{rest:.1f}" y2="{rest:.1f}" class="rest"/>'
+        f'<g id="rest" transform="translate(0,{rest:.1f})"><line x1="{LEFT}" x2="{WIDTH - RIGHT}" class="rest"/>'
+        f'<text x="{WIDTH - RIGHT + 5}" y="4" class="small">plan {amount(record.rest)}</text></g>'
         f'<g id="peak"><circle cx="{x:.1f}" cy="{y:.1f}" r="4"/><text x="{x + side[1]:.1f}" y="{y - 8:.1f}" '
-        f'text-anchor="{side[0]}">peak {amount(peak.live)}: {escape(peak.label)}</text></g>{seconds}'
-        f'<line id="cross" y1="{TOP}" y2="{HEIGHT}" class="cross" visibility="hidden"/></svg>'
+        f'text-anchor="{side[0]}">peak {amount(peak.live)}: {escape(short(peak.label, 70))}</text></g>{_seconds(scale)}'
+        f'<line y1="{TOP}" y2="{HEIGHT}" class="cross" visibility="hidden"/></svg>'
     )
 
 
 def _process(samples: list[Sample]) -> str:
     """Lines of what is known of the process."""
-    kinds = {"resident": "#333", "proportional": "#d62728", "allocated": "#1f77b4", "reserved": "#9467bd"}
+    kinds = {"resident": "currentColor", "proportional": "#d62728", "allocated": "#1f77b4", "reserved": "#9467bd"}
     titles = {
         "resident": "resident",
         "proportional": "its part of what it shares",
@@ -208,10 +248,11 @@ def _process(samples: list[Sample]) -> str:
             some = thin([sample for sample, _ in rows], _MOST)
             points = scale.steps(some, [getattr(sample.process, kind) for sample in some])
             lines += f'<polyline fill="none" stroke="{kinds[kind]}" stroke-width="1.5" points="{" ".join(points)}"/>'
-            legend.append(f'<i style="background:{kinds[kind]}"></i>{titles[kind]}')
+            legend.append(f'<span><i style="background:{kinds[kind]}"></i>{titles[kind]}</span>')
     return (
-        f'<svg viewBox="0 0 {WIDTH + 24} 140" role="img" aria-label="memory of the process over time">'
-        f'{_axis(scale, low, high)}{lines}</svg><p class="note">{", ".join(legend)}. '
+        f'<div class="wide"><svg viewBox="0 0 {WIDTH} 140" role="img" aria-label="memory of the process over time">'
+        f'{_axis(scale, low, high)}{lines}<line y1="8" y2="130" class="cross" visibility="hidden"/></svg></div>'
+        f'<p class="note">{", ".join(legend)}. '
         "Python, PyTorch and activations are in it.</p>"
     )
 
@@ -225,26 +266,26 @@ def _rows(record: Recording, samples: list[Sample], names: list[str], most: dict
         least = min(held)
         scale = _Scale(samples[0].seconds, samples[-1].seconds, least, max(most[name], least + 1), top, top + ROW - 4)
         points = [*scale.steps(samples, held), f"{scale.x(samples[-1].seconds):.1f},{scale.bottom}", f"{LEFT},{scale.bottom}"]
-        short = name if len(name) <= 26 else f"…{name[-25:]}"
+        held_text = f"{amount(least)} to {amount(most[name])}" if most[name] > least else amount(least)
         parts.append(
             f'<polygon fill="#7a93bd" points="{" ".join(points)}"/>'
-            f'<text x="{LEFT - 6}" y="{top + ROW - 6}" text-anchor="end" class="small">{escape(short)}</text>'
-            f'<text x="{WIDTH - RIGHT + 5}" y="{top + ROW - 6}" class="small">{amount(least)} to {amount(most[name])}</text>'
+            f'<text x="{LEFT - 6}" y="{top + ROW - 6}" text-anchor="end" class="small">{escape(short(name, 26))}</text>'
+            f'<text x="{WIDTH - RIGHT + 5}" y="{top + ROW - 6}" class="small">{held_text}</text>'
         )
     height = len(names) * ROW + 4
     return (
-        f'<svg id="rows" viewBox="-84 0 {WIDTH + 220} {height}" role="img" aria-label="bytes by bucket over time">'
-        f'{"".join(parts)}<line id="cross2" y1="0" y2="{height}" class="cross" visibility="hidden"/></svg>'
+        f'<svg id="rows" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="bytes by bucket over time">'
+        f'{"".join(parts)}<line y1="0" y2="{height}" class="cross" visibility="hidden"/></svg>'
     )
 
 
 # ---- tables
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{f'<tr>{top}</tr>' if any(head) else ''}{body}</table>"
+    return f'<table class="{kind}">' + f"{f'<tr>{top}</tr>' if any(head) else ''}{body}</table>"
 
 
 def _bucket_table(record: Recording, most: dict[str, int]) -> str:

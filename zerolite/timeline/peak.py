@@ -24,8 +24,13 @@ class Peak:
     """The highest sample, explained."""
 
     sample: Sample
-    text: str  # one paragraph
+    lines: list[str]  # sentences: what, made of what, against the plan, the largest items
     cures: list[str]  # the most effective first; may be empty
+
+    @property
+    def text(self) -> str:
+        """All in one paragraph."""
+        return " ".join(self.lines)
 
 
 def explain(recording: Recording) -> Peak:
@@ -36,24 +41,25 @@ def explain(recording: Recording) -> Peak:
     parts = [f"{NAMES[term]} {amount(value)}" for term, value in terms.items() if value]
     verb = f"when {_VERBS[sample.event].format(sample.name)}" if sample.event in _VERBS else f"at '{sample.label}'"
     where = f"{'the time between phases' if sample.phase == 'other' else sample.phase}, {verb}"
-    text = (
-        f"Peak of live bytes: {amount(sample.live)}, {sample.seconds:.3f} s after the start, in {where}. "
-        f"It is made of {_listed(parts)}. {_against_the_plan(recording, terms, sample.live)}"
-    )
+    lines = [
+        f"Peak of live bytes: {amount(sample.live)}, {sample.seconds:.3f} s after the start, in {where}.",
+        f"It is made of {_listed(parts)}.",
+        _against_the_plan(recording, terms, sample.live),
+    ]
     largest = largest_items(recording.at_peak)
     if largest:
         shown = [f"'{name}' {amount(value)} ({NAMES[term]})" for name, term, value in largest]
-        text += f" Largest items: {_listed(shown)}."
+        lines.append(f"Largest items: {_listed(shown)}.")
     found = sorted(_cures(recording, terms), reverse=True)
     enough = min(_SMALL * sample.live, _PART * max(sample.live - recording.rest, 1))
     cures = [cure for saved, cure in found if saved > 0 and saved >= enough]
-    return Peak(sample, text, cures)
+    return Peak(sample, lines, cures)
 
 
 def largest_items(at_peak: dict[str, dict[str, int]], count: int = 4) -> list[tuple[str, str, int]]:
-    """(bucket, term, bytes) of what held most."""
+    """(bucket, term, bytes) of what held most; of equals first what does not rest."""
     items = [(name, term, value) for name, terms in at_peak.items() for term, value in terms.items() if value]
-    return sorted(items, key=lambda item: -item[2])[:count]
+    return sorted(items, key=lambda item: (-item[2], -TERMS.index(item[1])))[:count]
 
 
 def _against_the_plan(recording: Recording, terms: dict[str, int], live: int) -> str:
@@ -72,12 +78,10 @@ def _cures(recording: Recording, terms: dict[str, int]) -> list[tuple[float, str
     sizes, options = recording.sizes, recording.options
     found: list[tuple[float, str]] = []
     others = 1 - 1 / sizes["ranks"]
-    for term, option in (("states", "stage=1"), ("grads", "stage=2"), ("params", "stage=3")):
+    for term, option in (("states", "stage=1 or higher"), ("grads", "stage=2 or higher"), ("params", "stage=3")):
         if options[f"{term} whole"]:
             held = terms["master"] + terms["moments"] if term == "states" else terms[term]
-            found.append(
-                (held * others, f"{option} (or higher) cuts {term} over the ranks: about {amount(held * others)} less.")
-            )
+            found.append((held * others, f"{option} cuts {term} over the ranks: about {amount(held * others)} less."))
     moving = terms["flight"] + terms["kept"]
     below = min(options["bucket_mb"], sizes["largest bucket"] / 2**20)  # what cuts a bucket
     if sizes["buckets"] > 1 or sizes["largest bucket"] > sizes["largest parameter"]:

@@ -110,6 +110,11 @@ def amount(number: float) -> str:
     return f"{number:,.2f} GiB"
 
 
+def short(name: str, most: int) -> str:
+    """The end of a name that is too long for its place."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
 def stretches(samples: Sequence[Sample]) -> list[tuple[float, float, str]]:
     """(start, stop, phase) of the time between samples, neighbours of one phase joined."""
     found: list[tuple[float, float, str]] = []
