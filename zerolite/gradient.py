@@ -17,9 +17,10 @@ parameter never depend on its neighbours.
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerolite.average import Average
 from zerolite.comm import Comm, Pending
@@ -29,6 +30,19 @@ from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
+_trained = attrgetter("requires_grad")
+
+
+class Arrivals:
+    """What autograd has brought of one bucket since it was packed, and until when its hooks may add to it by themselves."""
+
+    __slots__ = ("grads", "task", "wanted")
+    grads: dict[int, Tensor]  # slot -> gradient; the same dict for ever
+    task: int  # first gradients in this backward need no more than to be put here; -1: none do
+    wanted: int  # with so many here the round is complete
+
+    def __init__(self) -> None:
+        self.grads, self.task, self.wanted = {}, -1, 0
 
 
 class Gradients:
@@ -44,7 +58,10 @@ class Gradients:
     pieces: list[Piece]  # parts of parameters in this rank's shard
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
     expected: int  # arrivals that complete a round
-    arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet
+    everything: bool  # the last round was complete, and nothing was frozen
+    arrivals: Arrivals
+    arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet (those of `arrivals`)
+    before: int  # gradients that came and are not among `arrived` any more
     packed: set[int]  # slots of this round in `full`
     wide: bool  # this round began with the local sum, so it travels in fp32
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
@@ -74,7 +91,9 @@ class Gradients:
         self.flat = [_is_flat(p.shape, p.stride()) for p in like]
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
-        self.expected = len(layout.slots)
+        self.expected, self.everything, self.before = len(layout.slots), False, 0
+        self.arrivals = Arrivals()
+        self.arrived = self.arrivals.grads
         self.average = average
         self.lane.settle = self.finish
         self.flight, self.taken = None, []
@@ -84,12 +103,36 @@ class Gradients:
         """Forgets every gradient."""
         if self.flight is not None or self.taken:
             self.lane.done()
-        self.arrived = {}
+        self._empty()
         self.packed = set()
+        self.close()
         self.wide = False
         self.full = self.local = self.base = self.flight = None
         self.taken = []
         self.average.clear(self.lane.transient)
+
+    def _empty(self) -> None:
+        self.before += len(self.arrived)
+        self.arrived.clear()
+
+    @property
+    def came(self) -> int:
+        """Counts gradients that came, from the start."""
+        return self.before + len(self.arrived)
+
+    def expect(self, params: list[nn.Parameter]) -> None:
+        """A backward begins. Only where the last one brought less than everything it is counted what can come."""
+        self.expected = len(params) if self.everything else sum(map(_trained, params))
+        self.everything = False
+        self.close()
+
+    def open(self, task: int) -> None:
+        """Hooks may put first gradients of one backward among the arrivals by themselves."""
+        self.arrivals.task, self.arrivals.wanted = task, self.expected - len(self.packed)
+
+    def close(self) -> None:
+        """Every gradient goes through Reducer.collect."""
+        self.arrivals.task = -1
 
     @property
     def complete(self) -> bool:
@@ -104,8 +147,13 @@ class Gradients:
     def put(self, slot: int, grad: Tensor) -> bool:
         """Takes one gradient of this round (shape and dtype of the parameter); whether the round is complete."""
         self.arrived[slot] = grad
-        if len(self.arrived) + len(self.packed) < self.expected:
+        return self.filled()
+
+    def filled(self) -> bool:
+        """Packs a round that is complete, where it can rest packed; whether it is."""
+        if not self.complete:
             return False
+        self.everything = len(self.arrived) + len(self.packed) >= len(self.layout.slots)
         if not self.lane.transient:
             self.pack()
         return True
@@ -114,6 +162,7 @@ class Gradients:
         """Adds one gradient to the local fp32 sum."""
         if self.local is None:
             self.local = torch.zeros(self.layout.numel, dtype=torch.float32, device=grad.device)
+        self.before += 1
         self.view(self.local, slot).add_(grad)
 
     def widen(self) -> None:
@@ -154,7 +203,7 @@ class Gradients:
             view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
         self.packed.update(self.arrived)
         self.comm.ledger.note("pack", self.name)  # while both are held
-        self.arrived = {}
+        self._empty()
         exceeds_(self.suspect, full, _SUSPECT[full.dtype])
 
     def look(self) -> None:
@@ -174,6 +223,7 @@ class Gradients:
         self.full = None
         self.wide = False
         self.packed = set()
+        self.close()
         self.comm.ledger.note("exchange", self.name)
 
     def peek(self) -> tuple[list[Tensor], float]:
@@ -217,8 +267,9 @@ class Gradients:
 
     def discard(self, slot: int) -> None:
         """Forgets one parameter's gradient in every form."""
-        self.arrived.pop(slot, None)
+        self.before += self.arrived.pop(slot, None) is not None
         self.packed.discard(slot)
+        self.close()
         self.finish()
         for flat in (self.full, self.local, self.base):
             if flat is not None:
