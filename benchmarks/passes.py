@@ -32,6 +32,7 @@ def sides(n: int, threads: int) -> dict[str, tuple[Callable[[], Any], float, flo
     sources = [(torch.randn(n) * 1e-3).to(BF16) for _ in range(2)]
     out = torch.zeros(n, dtype=BF16)
     spans, sums = torch.tensor([[0, n, 0]]), torch.zeros(1, kernels.LIMBS, dtype=torch.int64)
+    flag = torch.zeros(1, dtype=torch.int64)
 
     def average() -> None:
         torch.add(sources[0], sources[1], out=out)
@@ -39,7 +40,7 @@ def sides(n: int, threads: int) -> dict[str, tuple[Callable[[], Any], float, flo
 
     pack, mean, norm = "pack", "average of 2", "square sum"
     return {
-        pack: (lambda: kernels.pack_(full, grads, offsets, False), 4, 0, None),
+        pack: (lambda: kernels.pack_(full, grads, offsets, False, flag, 2.0**100), 4, 0, None),
         "torch._foreach_copy_": (lambda: torch._foreach_copy_(list(full.split(size)), grads), 4, 0, pack),
         "torch.cat": (lambda: torch.cat(grads, out=full), 4, 0, pack),
         mean: (lambda: kernels.reduce_(out, sources, 0.5, False), 6, 2, None),

@@ -58,39 +58,40 @@ def title(rows: list[Row]) -> str:
     return f"{rows[0].get('model', 'GPT-2')}, {rows[0]['numel'] / 1e6:.0f} M parameters, {rows[0]['ranks']} ranks"
 
 
+def stack(axes: Any, series: dict[str, list[float]], height: float) -> None:
+    """A horizontal bar for each row, of one part for each series."""
+    left = [0.0] * len(next(iter(series.values()), []))
+    for (label, each), colour in zip(series.items(), COLOURS * 3, strict=False):
+        axes.barh(range(len(each)), each, height, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, each, strict=True)]
+
+
+def name_bars(axes: Any, rows: list[Row], unit: str) -> None:
+    """Systems beside their bars, the first on top."""
+    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title(rows), fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def memory(axes: Any, rows: list[Row]) -> None:
     """Planned bytes at rest by term (zerolite), and what was measured at rest and at the peak (all)."""
     terms = list(dict.fromkeys(term for row in rows for term in (row["plan"] or {})))
-    left = [0.0] * len(rows)
-    for term, colour in zip(terms, COLOURS * 3, strict=False):
-        each = [(row["plan"] or {}).get(term, 0) / row["numel"] for row in rows]
-        axes.barh(range(len(rows)), each, 0.6, left=left, color=colour, label=f"planned: {term}")
-        left = [a + b for a, b in zip(left, each, strict=True)]
+    stack(axes, {f"planned: {term}": [(row["plan"] or {}).get(term, 0) / row["numel"] for row in rows] for term in terms}, 0.6)
     axes.plot([row["bytes_a_parameter"] for row in rows], range(len(rows)), "k|", markersize=14, label="measured at rest")
     axes.plot([row["peak_a_parameter"] for row in rows], range(len(rows)), "kx", label="measured peak")
-    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("bytes a parameter and rank, above the process before the model (shared pages once)")
-    axes.set_title(title(rows), fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    name_bars(axes, rows, "bytes a parameter and rank, above the process before the model (shared pages once)")
 
 
 def parts(axes: Any, rows: list[Row]) -> None:
     """Forward, backward and update as bars, communication within them as a thin one below."""
-    left = [0.0] * len(rows)
-    for phase, colour in zip(("forward", "backward", "update"), COLOURS, strict=False):
-        each = [row[phase] * 1e3 for row in rows]
-        axes.barh(range(len(rows)), each, 0.5, left=left, color=colour, label=phase)
-        left = [a + b for a, b in zip(left, each, strict=True)]
+    stack(axes, {phase: [row[phase] * 1e3 for row in rows] for phase in ("forward", "backward", "update")}, 0.5)
     if any("communication" in row for row in rows):
         places = [place + 0.36 for place in range(len(rows))]
         label = "of which communication is under way"
         axes.barh(places, [row.get("communication", 0.0) * 1e3 for row in rows], 0.18, color=COLOURS[7], label=label)
-    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("ms a step, median")
-    axes.set_title(title(rows), fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    name_bars(axes, rows, "ms a step, median")
 
 
 def overhead(axes: Any, rows: list[Row]) -> None:

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -94,55 +95,92 @@ void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumula
   split_range(numel, [&](int64_t a, int64_t b) { kernels().reduce(to, dtype, accumulate, list.view, a, b); });
 }
 
+// sums[row] += part; threads may come in any order, since these are integers.
+void add_limbs(Tensor& sums, int64_t row, const int64_t (&part)[kLimbs], std::mutex& mutex) {
+  std::lock_guard<std::mutex> lock(mutex);
+  int64_t* to = static_cast<int64_t*>(sums.mutable_data_ptr()) + row * kLimbs;
+  int64_t carry = 0;
+  for (int k = 0; k < kLimbs - 1; ++k) {
+    const int64_t sum = to[k] + part[k] + carry;
+    to[k] = sum & 0xffffffff;
+    carry = sum >> 32;
+  }
+  to[kLimbs - 1] += part[kLimbs - 1];
+}
+
 void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
   const int64_t numel = check_square_sum(sums, sources);
   const SourceList list(sources, numel, mean);
   const Spans work(spans, numel, sums.size(0));
-  int64_t* out = static_cast<int64_t*>(sums.mutable_data_ptr());
   std::mutex mutex;
   work.parallel([&](int64_t start, int64_t stop, int64_t row) {
     int64_t part[kLimbs] = {};
     kernels().square_sum(part, list.view, start, stop);
-    std::lock_guard<std::mutex> lock(mutex);  // integers: the order of threads does not matter
-    int64_t* to = out + row * kLimbs;
-    int64_t carry = 0;
-    for (int k = 0; k < kLimbs - 1; ++k) {
-      const int64_t sum = to[k] + part[k] + carry;
-      to[k] = sum & 0xffffffff;
-      carry = sum >> 32;
+    add_limbs(sums, row, part, mutex);
+  });
+}
+
+void reduce_squares_(Tensor out, Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
+  const int64_t numel = out.numel();
+  const Dtype dtype = check_reduce(out, false);
+  check_square_sum(sums, sources);
+  const SourceList list(sources, numel, mean);
+  const Spans work(spans, numel, sums.size(0));
+  check_order(work.data, work.count);
+  void* to = out.mutable_data_ptr();
+  std::mutex mutex;
+  split_range(numel, [&](int64_t from, int64_t stop) {
+    const int64_t(*rows)[3] = reinterpret_cast<const int64_t(*)[3]>(work.data);
+    auto next = std::upper_bound(rows, rows + work.count, from, [](int64_t x, const int64_t* row) { return x < row[1]; });
+    for (int64_t at = from; at < stop;) {
+      const bool inside = next != rows + work.count && (*next)[0] <= at;
+      const int64_t until = next == rows + work.count ? stop : std::min(stop, (*next)[inside ? 1 : 0]);
+      if (!inside) {
+        kernels().reduce(to, dtype, false, list.view, at, until);
+      } else {
+        int64_t part[kLimbs] = {};
+        kernels().reduce_squares(to, dtype, part, list.view, at, until);
+        add_limbs(sums, (*next)[2], part, mutex);
+        ++next;
+      }
+      at = until;
     }
-    to[kLimbs - 1] += part[kLimbs - 1];
   });
 }
 
 void exceeds_(Tensor flag, Tensor src, double limit) {
   const Dtype dtype = check_exceeds(flag, src);
   const void* from = src.const_data_ptr();
-  std::mutex mutex;
-  bool any = false;
+  std::atomic<bool> any = false;
   split_range(src.numel(), [&](int64_t a, int64_t b) {
-    if (!kernels().exceeds(from, dtype, static_cast<float>(limit), a, b)) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    any = true;
+    if (kernels().exceeds(from, dtype, static_cast<float>(limit), a, b)) any = true;
   });
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
+constexpr int64_t kCached = 4 << 20;  // bytes: what is larger is read again from memory in any case
+
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
   const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+  const Dtype dtype = check_exceeds(flag, out);
   const int64_t width = out.element_size();
+  const bool past = out.numel() * width > kCached;
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  std::atomic<bool> any = false;
   split_range(out.numel(), [&](int64_t from, int64_t stop) {
     auto next = std::upper_bound(parts.begin(), parts.end(), from, [](int64_t x, const Part& p) { return x < p.stop; });
     for (; next != parts.end() && next->start < stop; ++next) {
       const int64_t lo = std::max(next->start, from), hi = std::min(next->stop, stop);
       char* here = to + lo * width;
-      if (next->from == nullptr)
+      if (next->from == nullptr) {
         memset(here, 0, (hi - lo) * width);
-      else
-        memcpy(here, static_cast<const char*>(next->from) + (lo - next->start) * width, (hi - lo) * width);
+      } else {
+        const char* from = static_cast<const char*>(next->from) + (lo - next->start) * width;
+        if (kernels().copy(here, from, dtype, static_cast<float>(limit), hi - lo, past)) any = true;
+      }
     }
   });
+  if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
 // Flags are int64 counters in memory that processes share.
@@ -174,6 +212,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerolite, CPU, m) {
   m.impl("reduce_adam_moments_", TORCH_BOX(&reduce_adam_moments_));
   m.impl("reduce_", TORCH_BOX(&reduce_));
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
+  m.impl("reduce_squares_", TORCH_BOX(&reduce_squares_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));
   m.impl("pack_", TORCH_BOX(&pack_));
   m.impl("flag_store_", TORCH_BOX(&flag_store_));

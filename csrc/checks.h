@@ -74,6 +74,12 @@ inline void check_starts(const int64_t* data, int64_t count) {
                     ", expected a multiple of 64");
 }
 
+inline void check_order(const int64_t* data, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    STD_TORCH_CHECK(data[3 * i - 2] <= data[3 * i], "spans: row ", i, " starts at ", data[3 * i],
+                    ", expected ", data[3 * i - 2], " or more, where the row before ends");
+}
+
 inline void check_rest(const Tensor& rest, Dtype dtype, int64_t numel) {
   if (dtype == Dtype::kBFloat16) check(rest, ScalarType::Short, numel, "rest", "int16 (remainder of bfloat16)");
   if (dtype == Dtype::kHalf) check(rest, ScalarType::Float, numel, "rest", "float32 (master of float16)");

@@ -57,8 +57,12 @@ struct Kernels {
   void (*reduce)(void* out, Dtype out_dtype, bool accumulate, const Sources&, int64_t start, int64_t stop);
   // limbs[kLimbs] += exact sum of squares of the average of elements [start, stop).
   void (*square_sum)(int64_t* limbs, const Sources&, int64_t start, int64_t stop);
+  // reduce without accumulation, and square_sum of what it writes, in one pass.
+  void (*reduce_squares)(void* out, Dtype out_dtype, int64_t* limbs, const Sources&, int64_t start, int64_t stop);
   // True where an element in [start, stop) is NaN or its magnitude is `limit` or more.
   bool (*exceeds)(const void* src, Dtype dtype, float limit, int64_t start, int64_t stop);
+  // Copies n elements and answers as `exceeds`; `past`: by stores that leave the caches as they are.
+  bool (*copy)(void* to, const void* from, Dtype dtype, float limit, int64_t n, bool past);
 };
 
 extern const Kernels kBaseline;

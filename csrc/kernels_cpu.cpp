@@ -4,6 +4,10 @@
 // linker keeps for every caller.
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef ZL_TABLE
 #error "compile with -DZL_TABLE=kBaseline|kAvx2|kAvx512 and -DZL_NAME=\"...\""
 #endif
@@ -18,6 +22,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 }  // namespace
 }  // namespace zerolite
 
+#include "copy_cpu.h"
 #include "moments_cpu.h"
 #include "square_cpu.h"
 
@@ -114,6 +119,14 @@ ZL_FN void store(void* out, const float* __restrict g, int64_t at, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(to[i], g[i]);
 }
 
+void store_any(void* out, Dtype dtype, const float* g, int64_t at, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat: return store<float>(out, g, at, n);
+    case Dtype::kBFloat16: return store<bf16>(out, g, at, n);
+    case Dtype::kHalf: return store<half>(out, g, at, n);
+  }
+}
+
 void reduce(void* out, Dtype out_dtype, bool accumulate, const Sources& s, int64_t start, int64_t stop) {
   alignas(64) float g[kBlock];
   for (int64_t at = start; at < stop; at += kBlock) {
@@ -124,36 +137,37 @@ void reduce(void* out, Dtype out_dtype, bool accumulate, const Sources& s, int64
       for (int64_t i = 0; i < n; ++i) to[i] = to[i] + g[i];
       continue;
     }
-    switch (out_dtype) {
-      case Dtype::kFloat: store<float>(out, g, at, n); break;
-      case Dtype::kBFloat16: store<bf16>(out, g, at, n); break;
-      case Dtype::kHalf: store<half>(out, g, at, n); break;
-    }
+    store_any(out, out_dtype, g, at, n);
   }
 }
 
-template <class Add>
-ZL_FN void in_blocks(const Sources& s, int64_t start, int64_t stop, const Add& add) {
+ZL_FN void square_any(int64_t* limbs, Dtype dtype, float* g, int64_t n) {
   static_assert(kSquares == kBlock);
-  alignas(64) float g[kBlock];
-  for (int64_t at = start; at < stop; at += kBlock) {
-    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
-    average_any(g, s, at, n);
-    const int64_t whole = (n + 2 * kWide - 1) / (2 * kWide) * (2 * kWide);
-    for (int64_t i = n; i < whole; ++i) g[i] = 0;
-    add(g, whole);
+  const int64_t whole = (n + kTurn - 1) / kTurn * kTurn;
+  for (int64_t i = n; i < whole; ++i) g[i] = 0;
+  switch (dtype) {
+    case Dtype::kFloat: return square_block<float>(limbs, g, whole);
+    case Dtype::kBFloat16: return square_block<bf16>(limbs, g, whole);
+    case Dtype::kHalf: return square_block<half>(limbs, g, whole);
   }
 }
 
 void square_sum(int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
-  if (s.dtype == Dtype::kFloat) {
-    Bins bins;
-    in_blocks(s, start, stop, [&](const float* g, int64_t n) { bins.add(limbs, g, n); });
-    bins.flush(limbs);
-  } else if (s.dtype == Dtype::kBFloat16) {
-    in_blocks(s, start, stop, [&](const float* g, int64_t n) { square_block<bf16>(limbs, g, n); });
-  } else {
-    in_blocks(s, start, stop, [&](const float* g, int64_t n) { square_block<half>(limbs, g, n); });
+  alignas(64) float g[kBlock];
+  for (int64_t at = start; at < stop; at += kBlock) {
+    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+    average_any(g, s, at, n);
+    square_any(limbs, s.dtype, g, n);
+  }
+}
+
+void reduce_squares(void* out, Dtype out_dtype, int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
+  alignas(64) float g[kBlock];
+  for (int64_t at = start; at < stop; at += kBlock) {
+    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+    average_any(g, s, at, n);
+    store_any(out, out_dtype, g, at, n);
+    square_any(limbs, s.dtype, g, n);
   }
 }
 
@@ -178,8 +192,18 @@ bool exceeds(const void* src, Dtype dtype, float limit, int64_t start, int64_t s
   return false;
 }
 
+bool copy(void* to, const void* from, Dtype dtype, float limit, int64_t n, bool past) {
+  const int32_t top = static_cast<int32_t>(as_bits(limit));
+  switch (dtype) {
+    case Dtype::kFloat: return copy_sizes<int32_t>(to, from, n, top, past);
+    case Dtype::kBFloat16: return copy_sizes<int16_t>(to, from, n, (top + 0xffff) >> 16, past);
+    case Dtype::kHalf: return copy_sizes<int16_t>(to, from, n, size_of_half(limit), past);
+  }
+  return false;
+}
+
 }  // namespace
 
-const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce_adam_moments, reduce, square_sum, exceeds};
+const Kernels ZL_TABLE = {ZL_NAME, reduce_adam, reduce_adam_moments, reduce, square_sum, reduce_squares, exceeds, copy};
 
 }  // namespace zerolite

@@ -1,25 +1,35 @@
 // Exact sums of squares: a part of kernels_cpu.cpp, compiled once for each instruction set.
 //
-// 16-bit types: squares of values whose exponents lie within a window add without rounding in binary64 (53 bits): for
-// 1024 of them, 10 bits of count + 2 + 2 (binades - 1) + twice the fraction bits. What lies below the window takes
-// another turn with the next one; gradients rarely need more than two. binary32: integer sums for each exponent.
+// Two accumulators a lane take in values whose exponents lie within a window, each without rounding: a binary64 that begins
+// at a power of two above all sums keeps what of a square lies above its last bit, and another adds up what is left of it
+// below. A window spans 22 binades or more. What lies below it takes another turn with the next one, which gradients rarely
+// need.
 #pragma once
 
-#include "kernels.h"
+#include "copy_cpu.h"
 
 namespace zerolite {
 namespace {
 
 constexpr int64_t kSquares = 1024;
-constexpr int kWide = 8;
+constexpr int kWide = kLine / 8;             // binary64 values of a register
+constexpr int kWindows = kWide == 8 ? 2 : 4;  // side by side, so that an addition need not wait for the one before
+constexpr int64_t kTurn = kWide * kWindows;
+static_assert(kSquares / kTurn <= 128);
 typedef float FloatLanes __attribute__((vector_size(4 * kWide)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * kWide)));
 typedef double DoubleLanes __attribute__((vector_size(8 * kWide)));
 
+constexpr int kUnit = -298;  // exponent of the limbs' unit: the square of the least binary32
+constexpr uint32_t kInf = 255;  // biased exponent of what is not finite
+
+// Binades of a window: see `Window`. The last bit of a square lies twice the fraction bits below it.
 template <class T>
-constexpr int kBinades = 14;  // bf16: fractions of 7 bits
+constexpr int kBinades = 45 - 7;  // bf16
 template <>
-constexpr int kBinades<half> = 11;
+constexpr int kBinades<half> = 45 - 10;
+template <>
+constexpr int kBinades<float> = 45 - 23;
 
 // Adds value * 2^shift to the limbs; each limb keeps 32 bits, carries go up.
 ZL_FN void add_shifted(int64_t* limbs, uint64_t value, int shift) {
@@ -35,103 +45,100 @@ ZL_FN void add_shifted(int64_t* limbs, uint64_t value, int shift) {
   }
 }
 
-// limbs += squares of g[0, n) in binary32. Neighbours share exponents: four tables avoid waiting on a store.
-struct Bins {
-  uint64_t table[4][256] = {};
-  int64_t count = 0;
-
-  void add(int64_t* limbs, const float* g, int64_t n) {
-    for (int64_t i = 0; i < n; i += 4)
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t bits = as_bits(g[i + k]);
-        table[k][square_bin(bits)] += square_of(bits);
-      }
-    if (table[0][255] | table[1][255] | table[2][255] | table[3][255]) {
-      for (int64_t i = 0; i < n; ++i) limbs[kLimbs - 1] += square_bin(as_bits(g[i])) == 255;
-      for (auto& bins : table) bins[255] = 0;
-    }
-    if ((count += n) > (int64_t{1} << 16)) flush(limbs);  // 2^15 squares of 48 bits fit a bin
-  }
-  void flush(int64_t* limbs) {
-    for (int bin = 0; bin < 255; ++bin)
-      for (auto& bins : table) {
-        if (bins[bin] != 0) add_shifted(limbs, bins[bin], square_shift(bin));
-        bins[bin] = 0;
-      }
-    count = 0;
-  }
-};
-
-// Adds a sum in binary64 that is a multiple of the limbs' unit, 2^-298.
-ZL_FN void add_exact(int64_t* limbs, const DoubleLanes& lanes) {
-  double sum = 0;
-  for (int k = 0; k < kWide; ++k) sum += lanes[k];
-  uint64_t bits;
-  memcpy(&bits, &sum, 8);
-  if (bits == 0) return;
-  const int shift = static_cast<int>(bits >> 52) - 1075 + 298;
-  const uint64_t value = (bits & ((uint64_t{1} << 52) - 1)) | uint64_t{1} << 52;
-  if (shift >= 0)
-    add_shifted(limbs, value, shift);
-  else
-    add_shifted(limbs, value >> -shift, 0);  // the bits that go are 0
+ZL_FN double power(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
 }
 
-ZL_FN IntLanes size_of_lanes(const float* g) {
+ZL_FN int exponent_of(uint32_t size) { return size >> 23 > 1 ? static_cast<int>(size >> 23) : 1; }
+
+ZL_FN IntLanes bits_of(const float* g) {
   IntLanes bits;
   memcpy(&bits, g, sizeof bits);
-  return bits & 0x7fffffff;
+  return bits;
 }
 
-ZL_FN int32_t largest(const IntLanes& sizes) {
-  int32_t found = 0;
-  for (int k = 0; k < kWide; ++k) found = sizes[k] > found ? sizes[k] : found;
-  return found;
-}
-
-// The sums over one window, `from` <= magnitude < `below`, and the largest magnitude under it.
+// The exact sum of squares of values below 2^(e - 126), up to 128 in each lane.
+//
+// high begins at 2^c, c = 2 e - 244, and its sums stay below twice that, so its last bit is 2^(c - 52) all along. What a
+// square loses there is at most half of that, and 128 of these add without rounding to multiples of 2^(c - 99): squares of
+// values of biased exponents from e - 44 + fraction bits up.
 struct Window {
-  DoubleLanes sum = {};
-  IntLanes next = {};
+  DoubleLanes high, low;
 
-  inline __attribute__((always_inline)) void add(const float* g, int32_t from, int32_t below) {
-    const IntLanes size = size_of_lanes(g), under = size < from;
-    const IntLanes kept = size & (size < below) & ~under, rest = size & under;
-    next = rest > next ? rest : next;
-    const DoubleLanes x = __builtin_convertvector((FloatLanes)kept, DoubleLanes);
-    sum += x * x;
+  static ZL_METHOD int begin(int e) { return 2 * e - 244; }
+  ZL_METHOD void clear(int e) {
+    high = DoubleLanes{} + power(begin(e));
+    low = DoubleLanes{};
   }
-  inline __attribute__((always_inline)) int32_t flush(int64_t* limbs) {
-    add_exact(limbs, sum);
-    return largest(next);
+  ZL_METHOD void add(const IntLanes& bits) {
+    const DoubleLanes x = __builtin_convertvector((FloatLanes)bits, DoubleLanes), square = x * x, sum = high + square;
+    low += square - (sum - high);
+    high = sum;
   }
 };
 
-// limbs += squares of g[0, n), of dtype T (16 bits); n is a multiple of 2 kWide and at most kSquares.
+// limbs += the sums of windows that began at e.
+ZL_FN void add_windows(int64_t* limbs, const Window (&windows)[kWindows], int e) {
+  const int c = Window::begin(e), last = c - 99 > kUnit ? c - 99 : kUnit;
+  const double begin = power(c), up = power(52 - c), down = power(-last);
+  int64_t high = 0, low = 0;
+  for (const Window& window : windows)
+    for (int k = 0; k < kWide; ++k) {
+      high += static_cast<int64_t>((window.high[k] - begin) * up);
+      low += static_cast<int64_t>(window.low[k] * down);
+    }
+  const unsigned __int128 sum = (static_cast<unsigned __int128>(high) << (c - 52 - last)) + static_cast<__int128>(low);
+  add_shifted(limbs, static_cast<uint64_t>(sum), last - kUnit);
+  if (sum >> 64) add_shifted(limbs, static_cast<uint64_t>(sum >> 64), last - kUnit + 64);
+}
+
+// Where one window does not hold all: magnitudes from `from` up to `below`, then what is under it, and so on.
+template <class T>
+ZL_FN void square_windows(int64_t* limbs, const float* g, int64_t n) {
+  for (uint32_t below = kInf << 23, from;; below = from) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t size = as_bits(g[i]) & 0x7fffffffu, candidate = size < below ? size : 0;
+      top = candidate > top ? candidate : top;
+    }
+    if (top == 0) return;
+    const int e = exponent_of(top);
+    from = e >= kBinades<T> ? static_cast<uint32_t>(e - kBinades<T> + 1) << 23 : 1;
+    Window windows[kWindows];
+    for (Window& window : windows) window.clear(e);
+    for (int64_t i = 0; i < n; i += kTurn)
+      for (int k = 0; k < kWindows; ++k) {
+        const IntLanes size = bits_of(g + i + k * kWide) & 0x7fffffff;
+        windows[k].add(size & (size < static_cast<int32_t>(below)) & (size >= static_cast<int32_t>(from)));
+      }
+    add_windows(limbs, windows, e);
+  }
+}
+
+// limbs += squares of g[0, n), of dtype T; n is a multiple of kTurn and at most kSquares.
 template <class T>
 ZL_FN void square_block(int64_t* limbs, const float* g, int64_t n) {
-  IntLanes tops = {}, bad = {};
-  for (int64_t i = 0; i < n; i += kWide) {
-    const IntLanes size = size_of_lanes(g + i), finite = size < 0x7f800000;
-    const IntLanes candidate = size & finite;
-    tops = candidate > tops ? candidate : tops;
-    bad |= ~finite;
+  uint32_t top = 0, least = ~0u;  // of magnitudes less 1, so that 0 is above all
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t size = as_bits(g[i]) & 0x7fffffffu, less = size - 1;
+    top = size > top ? size : top;
+    least = less < least ? less : least;
   }
-  if (largest(bad & 1) != 0)
-    for (int64_t i = 0; i < n; ++i) limbs[kLimbs - 1] += (as_bits(g[i]) & 0x7fffffffu) >= 0x7f800000u;
-  int32_t below = 0x7f800000, top = largest(tops);
-  while (top != 0) {
-    const int32_t exponent = top >> 23;
-    const int32_t from = exponent >= kBinades<T> ? (exponent - kBinades<T> + 1) << 23 : 1;
-    Window even, odd;  // two, so that an addition need not wait for the one before
-    for (int64_t i = 0; i < n; i += 2 * kWide) {
-      even.add(g + i, from, below);
-      odd.add(g + i + kWide, from, below);
-    }
-    const int32_t a = even.flush(limbs), b = odd.flush(limbs);
-    top = a > b ? a : b;
-    below = from;
+  if (top == 0) return;
+  const int e = exponent_of(top);
+  if (e == static_cast<int>(kInf)) {
+    for (int64_t i = 0; i < n; ++i) limbs[kLimbs - 1] += (as_bits(g[i]) & 0x7fffffffu) >= kInf << 23;
+    return square_windows<T>(limbs, g, n);
   }
+  if (e >= kBinades<T> && exponent_of(least + 1) <= e - kBinades<T>) return square_windows<T>(limbs, g, n);
+  Window windows[kWindows];
+  for (Window& window : windows) window.clear(e);
+  for (int64_t i = 0; i < n; i += kTurn)
+    for (int k = 0; k < kWindows; ++k) windows[k].add(bits_of(g + i + k * kWide));
+  add_windows(limbs, windows, e);
 }
 
 }  // namespace

@@ -181,18 +181,15 @@ int exceeds(int64_t* flag, const void* src, int dtype, int64_t numel, float limi
   });
 }
 
-int pack(char* out, int bytes, const void** from, const int64_t* starts, const int64_t* stops, int64_t n) {
+int pack(char* out, int dtype, const void** from, const int64_t* starts, const int64_t* stops, int64_t n, int64_t* flag,
+         float limit) {
   return guarded([&] {
+    const Dtype d = static_cast<Dtype>(dtype);
     std::vector<Part> parts;
     for (int64_t i = 0; i < n; ++i) parts.push_back({starts[i], stops[i], from[i]});
-    run_pack(out, bytes, parts.data(), n, [&](const PackTask& task, int unit, int64_t tiles) {
-      grid(tiles, [&](int64_t tile, int thread) {
-        switch (unit) {
-          case 1: return pack_tile<uint8_t>(task, tile, thread);
-          case 2: return pack_tile<uint16_t>(task, tile, thread);
-          case 4: return pack_tile<uint32_t>(task, tile, thread);
-          default: return pack_tile<uint64_t>(task, tile, thread);
-        }
+    run_pack(out, d, parts.data(), n, flag, limit, [&](const PackTask& task, int64_t tiles) {
+      with_dtype(d, [&](auto t) {
+        grid(tiles, [&](int64_t tile, int thread) { pack_tile<decltype(t)>(task, tile, thread); });
       });
     });
   });

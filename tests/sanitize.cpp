@@ -65,8 +65,11 @@ void run_rest(const Kernels& table, Dtype dtype, int64_t start, int64_t stop) {
     table.reduce(wide.data, Dtype::kFloat, true, s, start, stop);
     table.reduce(same.data, dtype, false, s, start, stop);
     table.square_sum(limbs, s, start, stop);
+    table.reduce_squares(same.data, dtype, limbs, s, start, stop);
   }
   table.exceeds(a.data, dtype, 1e30f, start, stop);
+  const int width = width_of(dtype);
+  for (bool past : {false, true}) table.copy(same.data + start * width, a.data + start * width, dtype, 1e30f, stop - start, past);
 }
 
 // Address space for `bytes`, of which only the touched pages take memory.
@@ -89,6 +92,7 @@ void run_far(const Kernels& table) {
   int64_t limbs[kLimbs] = {};
   table.square_sum(limbs, s, start, stop);
   table.exceeds(g, Dtype::kBFloat16, 1.0f, start, stop);
+  table.copy(p, g, Dtype::kBFloat16, 1.0f, stop, true);
   auto* scales = reinterpret_cast<uint8_t*>(sparse(stop / kGroup * 2 + 4));
   table.reduce_adam_moments({p, rest, m, v, scales, Dtype::kBFloat16, true}, s, {row(), 3.0f}, start, stop);
   munmap(p, stop * 2), munmap(rest, stop * 2), munmap(m, stop * 4), munmap(v, stop * 4), munmap(g, stop * 2);

@@ -240,17 +240,19 @@ def test_exceeds(dtype, at, by):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pack(dtype):
     sizes = [*SIZES, *[k % 9 for k in range(200)]]
     grads = [torch.arange(n).to(dtype) for n in sizes]
     offsets = [1 + sum(-(-n // 64) * 64 for n in sizes[:k]) for k in range(len(sizes))]
-    for clear in (False, True):
+    largest = max(float(grad.max()) for grad in grads if grad.numel())
+    for clear, limit in ((False, largest), (True, largest * 1.01), (True, 0.5)):
         theirs = torch.ones(offsets[-1] + 100, dtype=dtype)
         ours = theirs.cuda()
-        kernels.pack_(ours, [on_gpu(g, k % 2) for k, g in enumerate(grads)], offsets, clear)
-        reference.pack_(theirs, grads, offsets, clear)
-        assert torch.equal(ours.cpu(), theirs)
+        flag, known = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64)
+        kernels.pack_(ours, [on_gpu(g, k % 2) for k, g in enumerate(grads)], offsets, clear, flag, limit)
+        reference.pack_(theirs, grads, offsets, clear, known, limit)
+        assert torch.equal(ours.cpu(), theirs) and flag.item() == known.item() == int(largest >= limit)
 
 
 @needs_gpu
@@ -266,8 +268,9 @@ def test_more_than_2_to_the_31_elements():
     kernels.exceeds_(flag, out, 3.0)
     kernels.square_sum_(sums, [out], torch.tensor([[2, n, 0]]), 1.0)
     assert flag.item() == 1 and out[-1].item() == 3.0 and reference.square_root(sums[0].tolist()) == 3.0
-    kernels.pack_(out, [src[-8:].clone()], [n - 16], False)
-    assert out[n - 9].item() == 3.0
+    flag.zero_()
+    kernels.pack_(out, [src[-8:].clone()], [n - 16], False, flag, 3.0)
+    assert out[n - 9].item() == 3.0 and flag.item() == 1
 
 
 @needs_gpu
@@ -316,7 +319,14 @@ def test_opcheck(name):
         "reduce_": (torch.zeros(130, device="cuda"), sources, 0.5, False),
         "square_sum_": (torch.zeros(2, LIMBS, dtype=torch.int64, device="cuda"), sources, spans, 0.5),
         "exceeds_": (torch.zeros(1, dtype=torch.int64, device="cuda"), sources[0], 1.0),
-        "pack_": (torch.zeros(260, device="cuda"), sources, [0, 130], True),
+        "pack_": (
+            torch.zeros(260, device="cuda"),
+            sources,
+            [0, 130],
+            True,
+            torch.zeros(1, dtype=torch.int64, device="cuda"),
+            1.0,
+        ),
     }[name]
     result = torch.library.opcheck(getattr(torch.ops.zerolite, name).default, args)
     assert set(result.values()) == {"SUCCESS"}

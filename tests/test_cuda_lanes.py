@@ -68,15 +68,15 @@ class Emulator:
         args = [ctypes.c_void_p(flag.data_ptr()), ctypes.c_void_p(src.data_ptr()), CODE[src.dtype]]
         self.call("exceeds", [flag, src], *args, ctypes.c_int64(src.numel()), ctypes.c_float(limit))
 
-    def pack_(self, out, grads, offsets, clear):
+    def pack_(self, out, grads, offsets, clear, flag, limit):
         parts = [(start, start + g.numel(), g.data_ptr()) for start, g in zip(offsets, grads, strict=True)]
         ends = [0, *(stop for _, stop, _ in parts)]
         if clear:
             parts += [(a, b, None) for a, (b, _, _) in zip(ends, [*parts, (out.numel(), 0, 0)], strict=True) if a < b]
         starts, stops = ((ctypes.c_int64 * len(parts))(*[part[k] for part in parts]) for k in (0, 1))
         sources = (ctypes.c_void_p * len(parts))(*[part[2] for part in parts])
-        args = [ctypes.c_void_p(out.data_ptr()), out.element_size(), sources, starts, stops]
-        self.call("pack", [out, *grads], *args, ctypes.c_int64(len(parts)))
+        args = [ctypes.c_void_p(out.data_ptr()), CODE[out.dtype], sources, starts, stops, ctypes.c_int64(len(parts))]
+        self.call("pack", [out, *grads, flag], *args, ctypes.c_void_p(flag.data_ptr()), ctypes.c_float(limit))
 
 
 def pointers(tensors):
@@ -227,17 +227,20 @@ def test_exceeds(emulated, dtype, at, by):
         assert flag.item() == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("by", [0, 1])
 def test_pack(emulated, dtype, by):
     sizes = [*SIZES[:-1], 3, 70, *[k % 9 for k in range(130)]]  # more than a launch holds
     grads = [placed(torch.arange(n).to(dtype), by * (k % 2)) for k, n in enumerate(sizes)]
     offsets = [sum(-(-n // 64) * 64 for n in sizes[:k]) + by for k in range(len(sizes))]
-    for clear in (False, True):
+    largest = max(float(grad.max()) for grad in grads if grad.numel())
+    for clear, limit in ((False, largest), (True, largest * 1.01), (True, 0.5)):
         ours, theirs = (placed(torch.ones(offsets[-1] + 100, dtype=dtype), 0) for _ in range(2))
-        emulated.pack_(ours, grads, offsets, clear)
-        kernels.pack_(theirs, grads, offsets, clear)
+        flags = torch.zeros(2, 1, dtype=torch.int64)
+        emulated.pack_(ours, grads, offsets, clear, flags[0], limit)
+        kernels.pack_(theirs, grads, offsets, clear, flags[1], limit)
         assert torch.equal(ours, theirs) and bool((ours[-1] == (not clear)).all())
+        assert flags.tolist() == [[int(largest >= limit)]] * 2
 
 
 def battery(ops: Emulator) -> None:

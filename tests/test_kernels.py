@@ -167,6 +167,44 @@ def test_square_sum_of_an_average_over_any_range_of_exponents(isa, n, dtype, spr
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("binades", range(19, 48))
+def test_square_sum_of_two_sizes_far_apart(isa, dtype, binades):
+    """A block of the largest and of much smaller fractions: no window rounds, wherever its end lies."""
+    ones = 2.0 - torch.finfo(dtype).eps
+    top = 15 if dtype == torch.float16 else 100
+    src = torch.full((1024,), ones * 2.0**top, dtype=torch.float64)
+    src[1::2] *= 2.0**-binades
+    src[3::4] *= -1.0
+    src = src.to(dtype)
+    ours, theirs = (torch.zeros(1, LIMBS, dtype=torch.int64) for _ in range(2))
+    for op, sums in ((kernels.square_sum_, ours), (reference.square_sum_, theirs)):
+        op(sums, [src], torch.tensor([[0, 1024, 0]]), 1.0)
+        op(sums, [src], torch.tensor([[1, 700, 0]]), 1.0)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("n", [1, 64, 1025, 200_003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduce_squares_is_both_in_one(isa, n, dtype):
+    kernels.set_threads(2)
+    sources = [shifted(wide(n, k, 3.0).to(dtype), k) for k in range(1, 4)]
+    for spans in (
+        [],
+        [[0, n, 0]],
+        [[0, n // 3, 1], [n // 3, n // 2, 0], [n // 2 + 1, n, 1]],
+        [[k, k + 1, k % 2] for k in range(0, n, max(n // 50, 1))],
+    ):
+        table = torch.tensor(spans, dtype=torch.int64).view(-1, 3)
+        outs = [torch.ones(n, dtype=dtype) for _ in range(2)]
+        sums = [torch.full((2, LIMBS), 7, dtype=torch.int64) for _ in range(2)]
+        kernels.reduce_squares_(outs[0], sums[0], sources, table, 1 / 3)
+        kernels.reduce_(outs[1], sources, 1 / 3, False)
+        kernels.square_sum_(sums[1], [outs[1]], table, 1.0)
+        assert_same(outs[:1], outs[1:])
+        assert torch.equal(sums[0], sums[1])
+
+
 def test_square_sum_of_extremes(isa):
     src = torch.tensor([1e-45, -1e-45, 3.4e38, 3.4e38, 0.0])
     sums = torch.zeros(1, LIMBS, dtype=torch.int64)
@@ -208,14 +246,41 @@ def test_pack(isa, n):
     kernels.set_threads(2)
     grads = [wide(k, k).bfloat16() for k in (n, 3, 0, 70_000)]
     offsets = [5, n + 10, n + 13, n + 20]
+    flag = torch.zeros(1, dtype=torch.int64)
     for clear in (False, True):
         ours, theirs = (torch.ones(n + 70_100, dtype=torch.bfloat16) for _ in range(2))
-        kernels.pack_(ours, grads[::-1], offsets[::-1], clear)
-        reference.pack_(theirs, grads, offsets, clear)
+        kernels.pack_(ours, grads[::-1], offsets[::-1], clear, flag, math.inf)
+        reference.pack_(theirs, grads, offsets, clear, flag, math.inf)
         assert torch.equal(ours, theirs) and bool((ours[:5] == (not clear)).all()) and bool((ours[-10:] == (not clear)).all())
         nothing = torch.ones(70, dtype=torch.bfloat16)
-        kernels.pack_(nothing, [], [], clear)
-        assert bool((nothing == (not clear)).all())
+        kernels.pack_(nothing, [], [], clear, flag, 0.0)
+        assert bool((nothing == (not clear)).all()) and flag.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("large", [False, True])
+def test_pack_looks_at_every_element_once(isa, dtype, by, large):
+    sizes = [3_000_000 if large else 70, 131, 1]  # large: stores past the caches
+    offsets = [by, sizes[0] + by, sizes[0] + by + 131]
+    out = torch.empty(sum(sizes) + 64, dtype=dtype)
+    for value, limit, wanted in (
+        (2.5, 2.5, 1),
+        (-2.5, 2.5, 1),
+        (2.5, 2.5009765625, 0),
+        (math.nan, math.inf, 1),
+        (-math.inf, math.inf, 1),
+    ):
+        for number, at in ((0, 0), (0, sizes[0] - 1), (0, sizes[0] // 2), (1, 5), (1, 130), (2, 0)):
+            flag = torch.zeros(1, dtype=torch.int64)
+            grads = [torch.full((size,), -0.5, dtype=dtype) for size in sizes]
+            kernels.pack_(out, grads, offsets, True, flag, limit)
+            assert flag.item() == 0
+            grads[number][at] = value
+            kernels.pack_(out, grads, offsets, True, flag, limit)
+            assert flag.item() == wanted and torch.equal(out[by : by + sum(sizes)].isnan(), torch.cat(grads).isnan())
+            assert torch.equal(out.nan_to_num()[by : by + sum(sizes)], torch.cat(grads).nan_to_num())
+            assert not out[:by].any() and not out[by + sum(sizes) :].any()
 
 
 def test_split_keeps_every_mantissa_and_every_exponent():
@@ -240,8 +305,18 @@ def op_samples():
         yield "reduce_adam_", (*adam_tensors(n, dtype), sources, spans, ROWS, 0.5)
         yield "reduce_", (torch.zeros(n, dtype=dtype), sources, 0.5, False)
         yield "square_sum_", (torch.zeros(2, LIMBS, dtype=torch.int64), sources, spans, 0.5)
+        yield (
+            "reduce_squares_",
+            (
+                torch.zeros(n, dtype=dtype),
+                torch.zeros(2, LIMBS, dtype=torch.int64),
+                sources,
+                spans,
+                0.5,
+            ),
+        )
         yield "exceeds_", (torch.zeros(1, dtype=torch.int64), sources[0], 1.0)
-        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True)
+        yield "pack_", (torch.zeros(2 * n, dtype=dtype), sources, [0, n], True, torch.zeros(1, dtype=torch.int64), 1.0)
 
 
 @pytest.mark.parametrize("name,args", [pytest.param(*s, id=f"{s[0]}{k}") for k, s in enumerate(op_samples())])
@@ -252,11 +327,14 @@ def test_opcheck(name, args):
 
 def test_bad_arguments_are_refused(isa):
     param, rest, m, v = adam_tensors(64, torch.float32)
-    spans = torch.tensor([[0, 64, 0]])
+    spans, flag = torch.tensor([[0, 64, 0]]), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="sources"):
         kernels.reduce_adam_(param, rest, m, v, [], spans, ROWS, 1.0)
     with pytest.raises(RuntimeError, match="64 elements, got 63"):
         kernels.reduce_adam_(param, rest, m[:63], v, [param.clone()], spans, ROWS, 1.0)
+    with pytest.raises(RuntimeError, match="starts at 30, expected 40 or more"):
+        sums = torch.zeros(1, LIMBS, dtype=torch.int64)
+        kernels.reduce_squares_(m, sums, [v], torch.tensor([[0, 40, 0], [30, 64, 0]]), 1.0)
     with pytest.raises(RuntimeError, match="outside a tensor of 64"):
         kernels.reduce_adam_(param, rest, m, v, [param.clone()], torch.tensor([[0, 65, 0]]), ROWS, 1.0)
     with pytest.raises(RuntimeError, match="names index 2 of 2"):
@@ -268,9 +346,9 @@ def test_bad_arguments_are_refused(isa):
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         kernels.reduce_(param.double(), [param.clone()], 1.0, False)
     with pytest.raises(RuntimeError, match="ends outside"):
-        kernels.pack_(param, [param.clone()], [1], True)
+        kernels.pack_(param, [param.clone()], [1], True, flag, 1.0)
     with pytest.raises(RuntimeError, match="overlap at element 8"):
-        kernels.pack_(param, [param[:10].clone(), param[:4].clone()], [0, 8], False)
+        kernels.pack_(param, [param[:10].clone(), param[:4].clone()], [0, 8], False, flag, 1.0)
     with pytest.raises(ValueError, match="instruction set 'sse'"):
         kernels.set_isa("sse")
     with pytest.raises(ValueError, match="at least 1"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zerolite.buffer import Link, Mark, Reached, Ring, Room, zeros
 from zerolite.comm import Pending
-from zerolite.kernels import LIMBS, reduce_, square_sum_
+from zerolite.kernels import LIMBS, reduce_, reduce_squares_
 from zerolite.worker import Worker
 
 
@@ -27,6 +27,7 @@ class Average(Protocol):
     value: Tensor | None  # 1D, layout.shard: compute dtype, or fp32 after a second round; there once `coming` is reached
     coming: Mark
     squares: Tensor | None  # int64 [parts, LIMBS]: exact sums of squares of the parts of parameters; None: not known
+    asked: bool  # whether the norm of this step's gradient was asked for
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
         """Takes in a round when it comes: the average of its sources, rounded to their dtype. `done` is called when they were
@@ -54,23 +55,38 @@ class Average(Protocol):
         ...
 
 
-class Near:
-    """An average beside the gradients."""
+def _parts(spans: Tensor) -> Tensor:
+    """`spans` with a row of its own for each."""
+    return torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
 
-    apart = False
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.numel = numel
-        self.device = device
-        self.value: Tensor | None = None
-        self.spare: Tensor | None = None
-        self.coming: Mark = Reached()
-        self.squares: Tensor | None = None
+class Prompt:
+    """Rounds are waited for where they are taken in."""
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
         sources = list(flight.wait())
         self._add(sources, mean, done)
         return sources
+
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
+        raise NotImplementedError
+
+
+class Near(Prompt):
+    """An average beside the gradients."""
+
+    apart = False
+
+    def __init__(self, numel: int, device: torch.device, spans: Tensor) -> None:
+        self.numel = numel
+        self.device = device
+        self.parts = _parts(spans)
+        self.sums: Tensor | None = None  # from the first norm on
+        self.asked = self.passing = False  # passing: squares are summed as a round passes, since the last step asked
+        self.value: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.coming: Mark = Reached()
+        self.squares: Tensor | None = None
 
     def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         first = self.value is None
@@ -83,7 +99,14 @@ class Near:
             self.value = self.spare
         elif self.value.dtype != torch.float32 or len(sources) == 1:
             self.value, self.spare = self.value.to(torch.float32, copy=True), None
-        reduce_(self.value, sources, mean, not first)
+        self.squares = None
+        if first and self.passing:
+            if self.sums is None:
+                self.sums = torch.zeros(len(self.parts), LIMBS, dtype=torch.int64, device=self.device)
+            self.squares = self.sums.zero_()
+            reduce_squares_(self.value, self.squares, sources, self.parts, mean)
+        else:
+            reduce_(self.value, sources, mean, not first)
         done()
 
     def settled(self) -> Tensor | None:
@@ -91,14 +114,16 @@ class Near:
 
     def widen(self) -> Tensor:
         assert self.value is not None
-        self.value, self.spare = self.value.float(), None
+        self.value, self.spare, self.squares = self.value.float(), None, None
         return self.value
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.numel, dtype=dtype, device=self.device)
 
     def clear(self, keep: bool) -> None:
-        self.value = None
+        if self.value is not None:
+            self.passing, self.asked = self.asked, False
+        self.value = self.squares = None
         if not keep:
             self.spare = None
 
@@ -109,14 +134,14 @@ class Near:
 class Staging:
     """What all buckets' rounds share on their way from the device to the host."""
 
-    def __init__(self, link: Link, worker: Worker, device: torch.device) -> None:
+    def __init__(self, link: Link, worker: Worker) -> None:
         self.link = link
         self.worker = worker
         self.leaving = Ring(link.near)  # averages on the device, until they are copied
         self.later = Ring(link.host)  # rounds after the first, until they are added
 
 
-class Far:
+class Far(Prompt):
     """An average on the host, of rounds on a device."""
 
     apart = True
@@ -128,10 +153,10 @@ class Far:
 
     def __init__(self, numel: int, dtype: torch.dtype, spans: Tensor, staging: Staging) -> None:
         self.numel = numel
-        self.dtype = dtype  # of a first round, but for those that begin with a local fp32 sum
         self.link = staging.link
         self.staging = staging
-        self.parts = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+        self.parts = _parts(spans)
+        self.asked = False
         self.value: Tensor | None = None
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
         self.coming: Mark = Reached()
@@ -139,25 +164,20 @@ class Far:
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
 
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        sources = list(flight.wait())
-        self._add(sources, mean, done)
-        return sources
-
     def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
         leaving, later = self.staging.leaving, self.staging.later
         turn, fresh = leaving.lend(self.numel, sources[0].dtype)
         leaving.used[turn].wait()
-        reduce_(fresh, sources, mean, False)
-        done()
         if self.value is None:
+            self.squares = self.sums.zero_()
+            reduce_squares_(fresh, self.sums, sources, self.parts, mean)
+            done()
             self.last.sync()
             self.value = self._room(fresh.dtype)
             self.coming = leaving.used[turn] = self.link.down(self.value, fresh)
-            self.squares = self.sums.zero_()
-            if len(self.parts):
-                square_sum_(self.sums, [fresh], self.parts, 1.0)
             return
+        reduce_(fresh, sources, mean, False)
+        done()
         self.squares = None
         if self.value.dtype != torch.float32:
             self.widen()
@@ -221,11 +241,10 @@ class Joint(Far):
             sources = list(flight.wait())
             if earlier is not None and earlier is not value:
                 value.copy_(earlier)
-            reduce_(value, sources, mean, earlier is not None)
             if earlier is None:
-                self.sums.zero_()
-                if len(self.parts):
-                    square_sum_(self.sums, [value], self.parts, 1.0)
+                reduce_squares_(value, self.sums.zero_(), sources, self.parts, mean)
+            else:
+                reduce_(value, sources, mean, True)
             done()
 
         self.coming = self.staging.worker.submit(take)

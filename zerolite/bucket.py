@@ -190,7 +190,7 @@ class Bucket:
                 self.rest.copy_(self.mine)
         self.state = rule.allocate(self.pieces, self.mine.numel(), self.room)
         device, dtype = self.full.device, self.full.dtype
-        average: Average = Near(self.layout.shard, device)
+        average: Average = Near(self.layout.shard, device, self.spans)
         if staging is not None and self.apart:
             kind = Joint if isinstance(lane, PinnedLane) else Far
             average = kind(self.layout.shard, dtype, self.spans, staging)

@@ -196,15 +196,17 @@ class Gradients:
                 offsets.append(slots[slot].offset)
             else:
                 odd.append(slot)
+        limit = _SUSPECT[full.dtype]
         if not self.wide:
-            pack_(full, plain, offsets, fresh)
+            pack_(full, plain, offsets, fresh, self.suspect, limit)
         for slot in odd:
             view = self.view(full, slot)
             view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
+        if odd or self.wide:
+            exceeds_(self.suspect, full, limit)
         self.packed.update(self.arrived)
         self.comm.ledger.note("pack", self.name)  # while both are held
         self._empty()
-        exceeds_(self.suspect, full, _SUSPECT[full.dtype])
 
     def look(self) -> None:
         """Settles `suspect` for what was collected, as far as its turn to be packed has come."""

@@ -48,16 +48,18 @@ def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     sums = torch.zeros(len(entries), LIMBS, dtype=torch.int64, device=reducer.suspect.device)
     away = torch.zeros(len(entries) if reducer.plan.states.home == "host" else 0, LIMBS, dtype=torch.int64, device="cpu")
     for bucket in reducer.order:
-        if grads_of(bucket).flight is not None and grads_of(bucket).average.apart:
-            grads_of(bucket).finish()
-        squares = grads_of(bucket).average.squares
+        grads, average = grads_of(bucket), grads_of(bucket).average
+        average.asked = True
+        if grads.flight is not None and (average.apart or average.value is not None):
+            grads.finish()
+        squares = average.squares
         if squares is not None:  # counted as the gradients went by
             if squares.device.type == "cpu":
-                grads_of(bucket).average.coming.sync()
+                average.coming.sync()
             into = sums if squares.device == sums.device else away
             into.index_add_(0, bucket.spans[:, 2].to(into.device), squares)
             continue
-        sources, mean = grads_of(bucket).peek()
+        sources, mean = grads.peek()
         if bucket.spans.numel() and sources:
             square_sum_(sums if sources[0].device == sums.device else away, sources, bucket.spans, mean)
     if len(away):

@@ -1,13 +1,11 @@
 """The update of offloaded states on the device: they go up in chunks, are updated there, and come back.
 
-host    p r m v g of chunk k+1 --up-->  slot 1            copies up, the kernel and copies down of
-device                          slot 0: update chunk k    three chunks run at once; two slots are enough
-host    p r m v of chunk k-1  <--down-- slot 1            because both copies of a slot are in order
+host    p r m v g of chunk k+1 --up-->  slot 1            chunk k+1 goes up while chunk k is updated and comes
+device                          slot 0: update chunk k    back; a slot takes its next chunk once the last one
+host    p r m v of chunk k    <--down-- slot 0            has left, so two chunks are on their way at once
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -73,11 +71,6 @@ class Stream:
             marks += left
         for mark in marks:
             mark.sync()
-
-    def holdings(self) -> Iterator[Tensor]:
-        """Its device memory."""
-        for slot in self.slots:
-            yield from slot.values()
 
 
 class _All:

@@ -310,7 +310,7 @@ def make_updates(
     failure = Failure()
     if isinstance(comm, PinnedComm):
         comm.check = failure.check
-    staging = Staging(link, Worker("zerolite gradients", failure), device)
+    staging = Staging(link, Worker("zerolite gradients", failure))
     if not rule.threaded:
         return AtOnce(), staging
     ways: list[Way] = []

@@ -90,22 +90,44 @@ struct DeviceSources {
   }
 };
 
+void check_here(const Call& call, Dtype dtype, const Tensor& rest, const Tensor& m, const Tensor& v) {
+  if (dtype != Dtype::kFloat) call.here(rest, "rest");
+  call.here(m, "m");
+  call.here(v, "v");
+}
+
+// What an update reads beside what it writes.
+struct Inputs {
+  const Sources& sources;
+  const void* const* more;
+  const int64_t* spans;
+  int64_t count;  // of spans
+  const float* rows;
+};
+
+// Checks them, and calls run(Inputs).
+template <class Run>
+void with_inputs(const Call& call, int64_t numel, const std::vector<Tensor>& sources, const Tensor& spans,
+                 const Tensor& rows, double mean, const Run& run) {
+  call.here(sources, "sources");
+  const SourceList list(sources, numel, mean);
+  check_spans_shape(spans);
+  const HostTable<int64_t> work(spans, call);
+  const HostTable<float> hyper(rows, call);
+  check_spans(work.data, spans.size(0), numel, rows.size(0));
+  const DeviceSources more(list.view, call);
+  run(Inputs{list.view, more.pointers, work.data, spans.size(0), hyper.data});
+}
+
 void reduce_adam_(Tensor param, Tensor rest, Tensor m, Tensor v, std::vector<Tensor> sources, Tensor spans, Tensor rows,
                   double mean) {
   const Call call("reduce_adam_", param, "param");
   const AdamTensors t = check_adam(param, rest, m, v, rows);
-  if (t.dtype != Dtype::kFloat) call.here(rest, "rest");
-  call.here(m, "m");
-  call.here(v, "v");
-  call.here(sources, "sources");
-  const SourceList list(sources, param.numel(), mean);
-  check_spans_shape(spans);
-  const HostTable<int64_t> work(spans, call);
-  const HostTable<float> hyper(rows, call);
-  check_spans(work.data, spans.size(0), param.numel(), rows.size(0));
-  const DeviceSources more(list.view, call);
-  run_adam(t, list.view, more.pointers, work.data, spans.size(0), hyper.data, [&](const AdamTask& task, int64_t tiles) {
-    call.ok(launch_adam(task, list.view.dtype, tiles, call.stream));
+  check_here(call, t.dtype, rest, m, v);
+  with_inputs(call, param.numel(), sources, spans, rows, mean, [&](const Inputs& in) {
+    run_adam(t, in.sources, in.more, in.spans, in.count, in.rows, [&](const AdamTask& task, int64_t tiles) {
+      call.ok(launch_adam(task, in.sources.dtype, tiles, call.stream));
+    });
   });
 }
 
@@ -113,22 +135,14 @@ void reduce_adam_moments_(Tensor param, Tensor rest, Tensor m, Tensor v, Tensor 
                           Tensor spans, Tensor rows, double mean) {
   const Call call("reduce_adam_moments_", param, "param");
   const MomentTensors t = check_moments(param, rest, m, v, scales, rows);
-  if (t.dtype != Dtype::kFloat) call.here(rest, "rest");
+  check_here(call, t.dtype, rest, m, v);
   if (t.bytes) call.here(scales, "scales");
-  call.here(m, "m");
-  call.here(v, "v");
-  call.here(sources, "sources");
-  const SourceList list(sources, param.numel(), mean);
-  check_spans_shape(spans);
-  const HostTable<int64_t> work(spans, call);
-  const HostTable<float> hyper(rows, call);
-  check_spans(work.data, spans.size(0), param.numel(), rows.size(0));
-  check_starts(work.data, spans.size(0));
-  const DeviceSources more(list.view, call);
-  run_moments(t, list.view, more.pointers, work.data, spans.size(0), hyper.data,
-              [&](const MomentTask& task, int64_t tiles) {
-                call.ok(launch_moments(task, list.view.dtype, tiles, call.stream));
-              });
+  with_inputs(call, param.numel(), sources, spans, rows, mean, [&](const Inputs& in) {
+    check_starts(in.spans, in.count);
+    run_moments(t, in.sources, in.more, in.spans, in.count, in.rows, [&](const MomentTask& task, int64_t tiles) {
+      call.ok(launch_moments(task, in.sources.dtype, tiles, call.stream));
+    });
+  });
 }
 
 void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumulate) {
@@ -163,6 +177,11 @@ void square_sum_(Tensor sums, std::vector<Tensor> sources, Tensor spans, double 
                  });
 }
 
+void reduce_squares_(Tensor out, Tensor sums, std::vector<Tensor> sources, Tensor spans, double mean) {
+  reduce_(out, sources, mean, false);
+  square_sum_(sums, {out}, spans, 1.0);
+}
+
 void exceeds_(Tensor flag, Tensor src, double limit) {
   const Call call("exceeds_", flag, "flag");
   const Dtype dtype = check_exceeds(flag, src);
@@ -174,14 +193,15 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
               });
 }
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear) {
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
   const Call call("pack_", out, "out");
   const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+  const Dtype dtype = check_exceeds(flag, out);
   call.here(grads, "grads");
-  run_pack(static_cast<char*>(out.mutable_data_ptr()), static_cast<int>(out.element_size()), parts.data(),
-           static_cast<int64_t>(parts.size()), [&](const PackTask& task, int bytes, int64_t tiles) {
-             call.ok(launch_pack(task, bytes, tiles, call.stream));
-           });
+  call.here(flag, "flag");
+  run_pack(static_cast<char*>(out.mutable_data_ptr()), dtype, parts.data(), static_cast<int64_t>(parts.size()),
+           static_cast<int64_t*>(flag.mutable_data_ptr()), static_cast<float>(limit),
+           [&](const PackTask& task, int64_t tiles) { call.ok(launch_pack(task, dtype, tiles, call.stream)); });
 }
 
 }  // namespace
@@ -191,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerolite, CUDA, m) {
   m.impl("reduce_adam_moments_", TORCH_BOX(&reduce_adam_moments_));
   m.impl("reduce_", TORCH_BOX(&reduce_));
   m.impl("square_sum_", TORCH_BOX(&square_sum_));
+  m.impl("reduce_squares_", TORCH_BOX(&reduce_squares_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));
   m.impl("pack_", TORCH_BOX(&pack_));
 }

@@ -213,22 +213,27 @@ struct ExceedsTask {
 };
 constexpr int kExceedsUnroll = 4;
 
+template <class T, int W, class Where, int U>
+ZL_FN void mark_large(int64_t* flag, uint32_t top, const Pack<T, W> (&x)[U], const Where (&at)[U]) {
+  bool any = false;
+  ZL_UNROLL
+  for (int u = 0; u < U; ++u)
+    ZL_UNROLL
+    for (int i = 0; i < W; ++i)  // `holds`: a limit of 0 is reached by what fills a cut group up
+      any = any || (holds(at[u], i) && (as_bits(widen(x[u].x[i])) & 0x7fffffffu) >= top);
+  if (any) {
+    ZL_TOUCH(flag, 8, 8);
+    *flag = 1;
+  }
+}
+
 template <class T, class Where, int U>
 ZL_FN void exceeds_groups(const ExceedsTask& task, const Where (&at)[U]) {
   constexpr int W = kWidth<T>;
   Pack<T, W> x[U];
   ZL_UNROLL
   for (int u = 0; u < U; ++u) load(x[u], static_cast<const T*>(task.src), at[u]);
-  bool any = false;
-  ZL_UNROLL
-  for (int u = 0; u < U; ++u)
-    ZL_UNROLL
-    for (int i = 0; i < W; ++i)  // `holds`: a limit of 0 is reached by what fills a cut group up
-      any = any || (holds(at[u], i) && (as_bits(widen(x[u].x[i])) & 0x7fffffffu) >= task.top);
-  if (any) {
-    ZL_TOUCH(task.flag, 8, 8);
-    *task.flag = 1;
-  }
+  mark_large(task.flag, task.top, x, at);
 }
 
 template <class T>
@@ -241,26 +246,28 @@ struct Copy {
   void* to;
 };
 struct PackTask {
+  int64_t* flag;
+  uint32_t top;  // as in ExceedsTask, of what is copied
   Table<Copy, 64> table;
 };
 static_assert(sizeof(PackTask) <= kParameterBytes);
 constexpr int kPackUnroll = 4;
 
-// T is an unsigned integer of the dtype's size.
 template <class T, class Where, int U>
-ZL_FN void pack_groups(const Copy& copy, const Where (&at)[U]) {
+ZL_FN void pack_groups(const PackTask& task, const Copy& copy, const Where (&at)[U]) {
   Pack<T, kWidth<T>> x[U] = {};
   ZL_UNROLL
   for (int u = 0; u < U; ++u)
     if (copy.from != nullptr) load(x[u], static_cast<const T*>(copy.from), at[u]);
   ZL_UNROLL
   for (int u = 0; u < U; ++u) store(static_cast<T*>(copy.to), x[u], at[u]);
+  if (copy.from != nullptr) mark_large(task.flag, task.top, x, at);
 }
 
 template <class T>
 ZL_FN void pack_tile(const PackTask& task, int64_t tile, int thread) {
   const Entry<Copy>& e = entry_of(task.table, tile);
-  visit<kWidth<T>, kPackUnroll>(e, tile, thread, [&](const auto& at) { pack_groups<T>(e.with, at); });
+  visit<kWidth<T>, kPackUnroll>(e, tile, thread, [&](const auto& at) { pack_groups<T>(task, e.with, at); });
 }
 
 }  // namespace zerolite

@@ -119,13 +119,8 @@ const char* launch_exceeds(const ExceedsTask& task, Dtype src, int64_t tiles, vo
   return with_dtype(src, [&](auto t) { return start(exceeds_kernel<decltype(t)>, task, tiles, stream); });
 }
 
-const char* launch_pack(const PackTask& task, int bytes, int64_t tiles, void* stream) {
-  switch (bytes) {
-    case 1: return start(pack_kernel<uint8_t>, task, tiles, stream);
-    case 2: return start(pack_kernel<uint16_t>, task, tiles, stream);
-    case 4: return start(pack_kernel<uint32_t>, task, tiles, stream);
-    default: return start(pack_kernel<uint64_t>, task, tiles, stream);
-  }
+const char* launch_pack(const PackTask& task, Dtype dtype, int64_t tiles, void* stream) {
+  return with_dtype(dtype, [&](auto t) { return start(pack_kernel<decltype(t)>, task, tiles, stream); });
 }
 
 const char* copy_pointers(const void* const* from, int count, const void* const** to, void* stream) {

@@ -13,7 +13,7 @@ const char* launch_moments(const MomentTask&, Dtype sources, int64_t tiles, void
 const char* launch_reduce(const ReduceTask&, Dtype out, Dtype sources, bool accumulate, int64_t tiles, void* stream);
 const char* launch_square_sum(const SquareTask&, Dtype src, int64_t tiles, void* stream);
 const char* launch_exceeds(const ExceedsTask&, Dtype src, int64_t tiles, void* stream);
-const char* launch_pack(const PackTask&, int bytes, int64_t tiles, void* stream);
+const char* launch_pack(const PackTask&, Dtype dtype, int64_t tiles, void* stream);
 
 // Copies `count` pointers into device memory and gives it back, both in stream order.
 const char* copy_pointers(const void* const* from, int count, const void* const** to, void* stream);

@@ -154,19 +154,21 @@ void run_square_sum(int64_t* sums, const void* src, Dtype dtype, const int64_t* 
   });
 }
 
-// Elements of `bytes` bytes; 16 travel as two of 8.
 template <class Launch>
-void run_pack(char* out, int bytes, const Part* parts, int64_t count, const Launch& launch) {
-  const int unit = std::min(bytes, 8), width = 16 / unit;
+void run_pack(char* out, Dtype dtype, const Part* parts, int64_t count, int64_t* flag, float limit,
+              const Launch& launch) {
+  const int bytes = bytes_of(dtype), width = 16 / bytes;
   PackTask task{};
+  task.flag = flag;
+  task.top = as_bits(limit);
   const auto entry = [&](int64_t i) {
     char* to = out + parts[i].start * bytes;
     const void* from = parts[i].from != nullptr ? parts[i].from : to;  // zeros are aligned as what they go to
-    const int phase = common_phase({{from, unit}, {to, unit}}, nullptr, 0, 0, width);
-    return Entry<Copy>{0, (parts[i].stop - parts[i].start) * (bytes / unit), 0, phase, {parts[i].from, to}};
+    const int phase = common_phase({{from, bytes}, {to, bytes}}, nullptr, 0, 0, width);
+    return Entry<Copy>{0, parts[i].stop - parts[i].start, 0, phase, {parts[i].from, to}};
   };
   in_tables(task.table, count, width, kThreads * kPackUnroll * width, entry,
-            [&](int64_t tiles) { launch(task, unit, tiles); });
+            [&](int64_t tiles) { launch(task, tiles); });
 }
 
 }  // namespace zerolite

@@ -28,6 +28,3 @@ class Ring:
             self.used[self.turn].sync()
             slot = self.slots[self.turn] = self.room.zeros(size, torch.uint8)
         return self.turn, slot[:size].view(dtype)
-
-    def held(self) -> list[Tensor]:
-        return [slot for slot in self.slots if slot is not None]

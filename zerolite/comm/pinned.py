@@ -10,9 +10,7 @@ the host as well and then the rest beside. Small control data uses the process g
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,10 +23,7 @@ from zerolite.comm.group import GroupComm
 from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import SharedLane, shared_lanes
 from zerolite.comm.segment import PAGE, Segment
-from zerolite.comm.shared import SharedComm
-from zerolite.kernels import kernels_in_use
-
-log = logging.getLogger("zerolite")
+from zerolite.comm.shared import SharedComm, if_shared
 
 
 class Pool:
@@ -119,16 +114,10 @@ def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
         raise ValueError(f"ZEROLITE_CONNECT: expected the same on every rank, got {[other for other, _ in linked]}")
     if wish == "auto" and all(fast for _, fast in linked):
         return comm
-    problem = ""
-    made: Comm = comm
-    try:
-        if kernels_in_use() == "reference" and platform.machine() not in ("x86_64", "AMD64"):
-            raise OSError("flags need the native kernels on this processor")
-        made = candidate = PinnedComm(comm, [host for host, _ in hosts], link)
-        Segment(PAGE, candidate.place, candidate.share_here, private=False)
-    except (OSError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    found = [text for text in comm.share(problem, "set-up sharing") if text]
-    if found and comm.rank == 0:
-        log.warning("zerolite: ranks of this host cannot share memory (%s); the process group is used instead", found[0])
-    return comm if found else made
+
+    def make() -> Comm:
+        made = PinnedComm(comm, [host for host, _ in hosts], link)
+        Segment(PAGE, made.place, made.share_here, private=False)
+        return made
+
+    return if_shared(comm, make)

@@ -219,19 +219,26 @@ def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:
         return comm  # ranks that are threads of one process, or one rank a host
     if os.environ.get("ZEROLITE_SHARED", "1") == "0":
         return comm
+
+    def make() -> Comm:
+        made = SharedComm(comm, names)
+        Segment(PAGE, made.place, made.share_here, private=True).dirty()
+        return made
+
+    return if_shared(comm, make)
+
+
+def if_shared(comm: GroupComm, make: Callable[[], Comm]) -> Comm:
+    """What `make` gives, which tries shared memory, or `comm` where that failed on any rank (a collective)."""
     problem = ""
-    shared: Comm = comm
+    made: Comm = comm
     try:
         if kernels_in_use() == "reference" and platform.machine() not in ("x86_64", "AMD64"):
             raise OSError("flags need the native kernels on this processor")
-        shared = candidate = SharedComm(comm, names)
-        probe = Segment(PAGE, candidate.place, candidate.share_here, private=True)
-        probe.dirty()
+        made = make()
     except (OSError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     found = [text for text in comm.share(problem, "set-up sharing") if text]
-    if found:
-        if comm.rank == 0:
-            log.warning("zerolite: ranks of this host cannot share memory (%s); the process group is used instead", found[0])
-        return comm
-    return shared
+    if found and comm.rank == 0:
+        log.warning("zerolite: ranks of this host cannot share memory (%s); the process group is used instead", found[0])
+    return comm if found else made

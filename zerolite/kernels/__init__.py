@@ -16,6 +16,7 @@ from zerolite.kernels.ops import (
     reduce_,
     reduce_adam_,
     reduce_adam_moments_,
+    reduce_squares_,
     square_sum_,
 )
 from zerolite.kernels.reference import join, split_
@@ -33,6 +34,7 @@ __all__ = [
     "reduce_",
     "reduce_adam_",
     "reduce_adam_moments_",
+    "reduce_squares_",
     "set_isa",
     "set_threads",
     "split_",

@@ -30,8 +30,9 @@ _library.define(
 )
 _library.define("reduce_(Tensor(a!) out, Tensor[] sources, float mean, bool accumulate) -> ()")
 _library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
+_library.define("reduce_squares_(Tensor(a!) out, Tensor(b!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
-_library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear) -> ()")
+_library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear, Tensor(b!) flag, float limit) -> ()")
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
 _library.define("flag_wait(Tensor flags, int[] places, int value, float seconds) -> bool")
 _library.define("use_isa(str name) -> bool")
@@ -40,7 +41,7 @@ _library.define("threads(int count) -> int")
 
 _library.impl("flag_store_", reference.flag_store_, "CompositeExplicitAutograd")
 _library.impl("flag_wait", reference.flag_wait, "CompositeExplicitAutograd")
-for _name in ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "exceeds_", "pack_"):
+for _name in ("reduce_adam_", "reduce_adam_moments_", "reduce_", "square_sum_", "reduce_squares_", "exceeds_", "pack_"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zerolite::{_name}", lambda *_: None, lib=_library)
 
@@ -109,17 +110,26 @@ def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float)
     torch.ops.zerolite.square_sum_(sums, sources, spans, mean)
 
 
+def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
+    """`reduce_` without accumulation, and `square_sum_` of what it writes, in one pass; out has the sources' dtype.
+
+    spans  in order, disjoint
+    """
+    torch.ops.zerolite.reduce_squares_(out, sums, sources, spans, mean)
+
+
 def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
     """flag[0] = 1 where an element of `src` is NaN or has a magnitude of `limit` or more; else untouched."""
     torch.ops.zerolite.exceeds_(flag, src, limit)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool) -> None:
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float) -> None:
     """Copies each contiguous gradient to out[offset : offset + numel]; dtypes are equal.
 
-    clear  elements of `out` that no gradient covers become 0; else they stay
+    clear        elements of `out` that no gradient covers become 0; else they stay
+    flag, limit  as `exceeds_` for the gradients, in the same pass
     """
-    torch.ops.zerolite.pack_(out, grads, offsets, clear)
+    torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
 
 
 def flag_store_(flags: Tensor, place: int, value: int) -> None:

@@ -111,16 +111,22 @@ def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float)
         sums[row] = torch.tensor([*words, nonfinite], dtype=torch.int64)
 
 
+def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
+    reduce_(out, sources, mean, False)
+    square_sum_(sums, [out], spans, 1.0)
+
+
 def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
     if not bool((src.float().abs() < _fp32(limit)).all()):
         flag.fill_(1)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool) -> None:
+def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float) -> None:
     if clear:
         out.zero_()
     for grad, offset in zip(grads, offsets, strict=True):
         out[offset : offset + grad.numel()] = grad.reshape(-1)
+        exceeds_(flag, grad, limit)
 
 
 def flag_store_(flags: Tensor, place: int, value: int) -> None:
