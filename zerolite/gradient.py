@@ -30,6 +30,7 @@ from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
+_dtype = attrgetter("dtype")
 _trained = attrgetter("requires_grad")
 
 
@@ -55,6 +56,7 @@ class Gradients:
     dtype: torch.dtype  # compute dtype
     views: list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each slot's parameter
     flat: list[bool]  # whether a slot's parameter is contiguous
+    offsets: list[int]  # where each slot begins
     pieces: list[Piece]  # parts of parameters in this rank's shard
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
     expected: int  # arrivals that complete a round
@@ -89,6 +91,7 @@ class Gradients:
         self.dtype = dtype
         self.views = [(p.shape, p.stride()) for p in like]
         self.flat = [_is_flat(p.shape, p.stride()) for p in like]
+        self.offsets = [slot.offset for slot in layout.slots]
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
         self.expected, self.everything, self.before = len(layout.slots), False, 0
@@ -186,19 +189,12 @@ class Gradients:
         if fresh and self.wide:
             full.zero_() if self.base is None else full.copy_(self.base)
             self.base = None
-        plain: list[Tensor] = []
-        offsets: list[int] = []
-        odd: list[int] = []
-        slots, dtype, plainly = self.layout.slots, self.dtype, not self.wide
-        for slot, grad in self.arrived.items():
-            if plainly and self.flat[slot] and grad.dtype is dtype and grad.is_contiguous():
-                plain.append(grad)
-                offsets.append(slots[slot].offset)
-            else:
-                odd.append(slot)
+        odd = [] if not self.wide and self._plain() else [slot for slot in self.arrived if self.wide or not self._plain(slot)]
+        plain = sorted(self.arrived.keys() - odd)
         limit = _SUSPECT[full.dtype]
         if not self.wide:
-            pack_(full, plain, offsets, fresh, self.suspect, limit)
+            grads, offsets = map(self.arrived.__getitem__, plain), map(self.offsets.__getitem__, plain)
+            pack_(full, list(grads), list(offsets), fresh, self.suspect, limit)
         for slot in odd:
             view = self.view(full, slot)
             view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
@@ -207,6 +203,14 @@ class Gradients:
         self.packed.update(self.arrived)
         self.comm.ledger.note("pack", self.name)  # while both are held
         self._empty()
+
+    def _plain(self, slot: int | None = None) -> bool:
+        """Whether a gradient that arrived, or each, is one block of memory like its parameter's range in `full`."""
+        slots = self.arrived if slot is None else [slot]
+        grads = self.arrived.values() if slot is None else [self.arrived[slot]]
+        if not (set(map(_dtype, grads)) <= {self.dtype} and all(map(Tensor.is_contiguous, grads))):
+            return False
+        return all(map(self.flat.__getitem__, slots))
 
     def look(self) -> None:
         """Settles `suspect` for what was collected, as far as its turn to be packed has come."""
