@@ -160,8 +160,7 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
 
 constexpr int64_t kCached = 4 << 20;  // bytes: what is larger is read again from memory in any case
 
-void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
-  const std::vector<Part> parts = pack_parts(out, grads, offsets, clear);
+void pack_all(Tensor& out, const std::vector<Part>& parts, Tensor& flag, double limit) {
   const Dtype dtype = check_exceeds(flag, out);
   const int64_t width = out.element_size();
   const bool past = out.numel() * width > kCached;
@@ -181,6 +180,14 @@ void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, 
     }
   });
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
+}
+
+void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, bool clear, Tensor flag, double limit) {
+  pack_all(out, pack_parts(out, grads, offsets, clear), flag, limit);
+}
+
+void pack_at_(Tensor out, Tensor places, bool clear, Tensor flag, double limit) {
+  pack_all(out, pack_parts(out, places, clear), flag, limit);
 }
 
 // Flags are int64 counters in memory that processes share.
@@ -215,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerolite, CPU, m) {
   m.impl("reduce_squares_", TORCH_BOX(&reduce_squares_));
   m.impl("exceeds_", TORCH_BOX(&exceeds_));
   m.impl("pack_", TORCH_BOX(&pack_));
+  m.impl("pack_at_", TORCH_BOX(&pack_at_));
   m.impl("flag_store_", TORCH_BOX(&flag_store_));
   m.impl("flag_wait", TORCH_BOX(&flag_wait_));
 }

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -140,6 +141,22 @@ inline Dtype check_exceeds(const Tensor& flag, const Tensor& src) {
 }
 
 // What `pack_` writes, in the order of `out`; with `clear`, gaps between gradients are parts too.
+inline std::vector<Part> in_order(std::vector<Part> parts, int64_t numel, bool clear) {
+  const auto before = [](const Part& a, const Part& b) { return a.start < b.start; };
+  if (!std::is_sorted(parts.begin(), parts.end(), before)) std::sort(parts.begin(), parts.end(), before);
+  parts.push_back({numel, numel, nullptr});
+  std::vector<Part> all;
+  all.reserve(2 * parts.size());
+  int64_t at = 0;
+  for (const Part& part : parts) {
+    STD_TORCH_CHECK(at <= part.start, "grads: two of them overlap at element ", part.start, " of out");
+    if (clear && at < part.start) all.push_back({at, part.start, nullptr});
+    if (part.start < part.stop) all.push_back(part);
+    at = part.stop;
+  }
+  return all;
+}
+
 inline std::vector<Part> pack_parts(const Tensor& out, const std::vector<Tensor>& grads,
                                     const std::vector<int64_t>& offsets, bool clear) {
   STD_TORCH_CHECK(grads.size() == offsets.size(), "offsets: expected ", grads.size(), ", got ", offsets.size());
@@ -151,17 +168,25 @@ inline std::vector<Part> pack_parts(const Tensor& out, const std::vector<Tensor>
                     " ends outside out");
     if (grads[i].numel() > 0) parts.push_back({offsets[i], offsets[i] + grads[i].numel(), grads[i].const_data_ptr()});
   }
-  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
-  int64_t at = 0;
-  const size_t count = parts.size();
-  for (size_t i = 0; i <= count; ++i) {
-    const int64_t next = i < count ? parts[i].start : out.numel();
-    STD_TORCH_CHECK(at <= next, "grads: two of them overlap at element ", next, " of out");
-    if (clear && at < next) parts.push_back({at, next, nullptr});
-    if (i < count) at = parts[i].stop;
+  return in_order(std::move(parts), out.numel(), clear);
+}
+
+// The same for gradients by address: int64 (3, n) of offsets, elements and addresses.
+inline std::vector<Part> pack_parts(const Tensor& out, const Tensor& places, bool clear) {
+  check(out, out.scalar_type(), out.numel(), "out", "");
+  STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.dim() == 2 && places.size(0) == 3 &&
+                      places.is_contiguous(),
+                  "places: expected a contiguous int64 tensor of shape (3, n)");
+  const int64_t* row = static_cast<const int64_t*>(places.const_data_ptr());
+  const int64_t count = places.size(1), numel = out.numel();
+  std::vector<Part> parts;
+  parts.reserve(count + 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = row[i], elements = row[count + i];
+    STD_TORCH_CHECK(0 <= start && 0 <= elements && start + elements <= numel, "grads: item ", i, " ends outside out");
+    if (elements > 0) parts.push_back({start, start + elements, reinterpret_cast<const void*>(row[2 * count + i])});
   }
-  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.start < b.start; });
-  return parts;
+  return in_order(std::move(parts), numel, clear);
 }
 
 }  // namespace zerolite

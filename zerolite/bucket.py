@@ -22,9 +22,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from operator import attrgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerolite.average import Average, Far, Joint, Near, Staging
 from zerolite.buffer import Link, Mark, Reached, Room
@@ -44,6 +45,8 @@ from zerolite.placement import Plan, Widths
 from zerolite.update import Rule, State, Target
 from zerolite.writes import Pass, adopt
 
+_version = attrgetter("_version")
+
 
 class Bucket:
     """Parameters of one dtype that are gathered, exchanged and updated together."""
@@ -53,6 +56,9 @@ class Bucket:
     plan: Plan
     comm: Comm
     entries: list[Entry]
+    params: list[nn.Parameter]  # of `entries`
+    rows: list[int]  # their positions among all entries
+    versions: list[int]  # their `_version` after our own last write
     full: Tensor  # 1D, layout.numel, compute dtype; without a home its storage is empty while released
     whole: bool  # `full` holds the parameters, or a gather into it is under way
     home: Home | None  # the parameters once for all ranks of a host; None: every rank has its own
@@ -70,6 +76,7 @@ class Bucket:
     views: list[Tensor]  # parameter-shaped views of `full`
     blanks: list[Tensor]  # parameter-shaped NaN, shown while released
     blank_places: list[int]  # their addresses
+    places: tuple[int, list[int]]  # where `full` began when it was last asked for, and the addresses of `views` then
     pending: Pending | None  # a gather or publish into `full` under way
     published: Pending | None  # a publish into the shared home under way
     stale: bool  # this process has private pages over the shared home
@@ -92,7 +99,10 @@ class Bucket:
         self.plan = plan
         self.comm = comm
         self.entries = entries
+        self.params = [entry.param for entry in entries]
+        self.rows = [entry.index for entry in entries]
         self.pending = self.published = None
+        self.places = (-1, [])
         self.stale = False
         self.pool = None
         self.state = None
@@ -162,9 +172,13 @@ class Bucket:
         return flat.as_strided(p.shape, dense_strides(p), flat.storage_offset() + offset)
 
     def _show(self, tensors: list[Tensor]) -> None:
-        for entry, tensor in zip(self.entries, tensors, strict=True):
-            entry.param.data = tensor
-            entry.version = entry.param._version
+        for param, tensor in zip(self.params, tensors, strict=True):
+            param.data = tensor
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """What was written to the parameters so far is known."""
+        self.versions = list(map(_version, self.params))
 
     def train(self, rule: Rule, lane: Lane, suspect: Tensor, staging: Staging | None) -> None:
         """Allocates states and gradient buffers; the remainder or master starts as the parameter is."""
@@ -292,26 +306,12 @@ class Bucket:
         elif not self.plan.params.sharded:
             self.ready()
 
-    def replaced(self) -> list[Entry]:
-        """Parameters that no longer use the memory that this bucket gave them."""
-        dtype = self.full.dtype
-        if self.whole and self.pending is None:
-            base, width = self.full.data_ptr(), self.full.element_size()
-            places = [base + slot.offset * width if slot.numel else 0 for slot in self.layout.slots]
-        else:
-            places = self.blank_places
-        params = [entry.param for entry in self.entries]
-        if list(map(Tensor.data_ptr, params)) == places and all(p.dtype is dtype for p in params):
-            return []
-        return [
-            entry
-            for entry, place in zip(self.entries, places, strict=True)
-            if (p := entry.param).data_ptr() != place or p.dtype is not dtype
-        ]
-
     def written(self) -> list[int]:
         """Slots whose parameter was written in place by someone else since our last write."""
-        return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
+        now = list(map(_version, self.params))
+        if now == self.versions:
+            return []
+        return [slot for slot, (new, old) in enumerate(zip(now, self.versions, strict=True)) if new != old]
 
     def keep_writes(self, quiet: bool = False, everywhere: bool = False, before: Tensor | None = None) -> None:
         """Adopts values that someone else wrote to the parameters: the master becomes the new value.
@@ -328,8 +328,7 @@ class Bucket:
         if not slots:
             return
         found = adopt(self, slots, before)
-        for slot in slots:
-            self.entries[slot].version = self.entries[slot].param._version
+        self.note_versions()
         if found and not quiet and self.rest.numel():
             warnings.warn(
                 f"parameter '{self.entries[slots[0]].name}' (and {len(slots) - 1} more) was written outside of the optimizer: "
@@ -370,9 +369,9 @@ class Bucket:
 
     def wrote(self, entries: list[Entry]) -> None:
         """Marks parameters as changed, for autograd (a saved tensor of an older graph raises) and for us."""
-        torch.autograd.graph.increment_version([entry.param for entry in entries])
-        for entry in entries:
-            entry.version = entry.param._version
+        everything = len(entries) == len(self.entries)
+        torch.autograd.graph.increment_version(self.params if everything else [entry.param for entry in entries])
+        self.note_versions()
 
     # ---- by parameter
 

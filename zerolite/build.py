@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ from zerolite.update import Rule
 from zerolite.updates import Updates, make_updates
 from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
+from zerolite.writes import replaced
 
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
@@ -55,13 +57,12 @@ class Built:
     here: int  # ranks on this host
 
     def __post_init__(self) -> None:
-        self._slots: list[tuple[dict[str, Any], str, Entry]] = []
+        self._homes: list[tuple[dict[str, Any], list[str], list[Entry], list[nn.Parameter]]] = []  # a row for each module
         self._params: set[int] = set()
         known = {entry.param: entry for entry in self.entries}
         for module in self.model.modules() if self.model is not None else []:
-            for name, p in module._parameters.items():
-                if p in known:
-                    self._slots.append((module._parameters, name, known[p]))
+            own = {name: known[p] for name, p in module._parameters.items() if p in known}
+            self._homes.append((module._parameters, [*own], [*own.values()], [entry.param for entry in own.values()]))
 
     @property
     def params(self) -> set[int]:
@@ -98,14 +99,16 @@ class Built:
 
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""
-        for parameters, name, entry in self._slots:
-            if parameters.get(name) is not entry.param:
-                raise RuntimeError(
-                    f"parameter '{entry.name}': expected the parameter that the optimizer was built with, got another one. "
-                    "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
-                )
+        for parameters, names, entries, params in self._homes:
+            if all(map(is_, map(parameters.get, names), params)):
+                continue
+            entry = next(e for name, e in zip(names, entries, strict=True) if parameters.get(name) is not e.param)
+            raise RuntimeError(
+                f"parameter '{entry.name}': expected the parameter that the optimizer was built with, got another one. "
+                "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
+            )
         for bucket in self.buckets:
-            for entry in bucket.replaced():
+            for entry in replaced(bucket):
                 raise RuntimeError(
                     f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
                     "Do this before ZeroOptimizer is built, or write values with p.copy_(...)."
@@ -123,8 +126,7 @@ class Built:
             if entry is None:
                 if self.schedule is not None:
                     raise ValueError(f"parameter '{name}': expected a parameter of the model, got one that it does not have.")
-                entry = Entry(name, p, group)
-                entry.index = len(self.entries)
+                entry = self.grads.table.add(name, p, group)
                 self.entries.append(entry)
             entry.group = group
             added.append(entry)
@@ -244,7 +246,7 @@ def _listen(built: Built, entry: Entry) -> None:
     """The handle and the hook of a trained parameter."""
     built.grads.make_handle(entry)
     if entry.param.requires_grad:
-        built.hooks.on_gradient(entry, built.grads.arrive)
+        built.hooks.on_gradient(entry, built.grads)
 
 
 def _wait_in(built: Built, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from zerolite.bucket import Entry
 from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
+from zerolite.entry import Table
 from zerolite.meta import Recipes
 from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
 from zerolite.placement import Plan, make_plan
@@ -106,10 +107,8 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
                 "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
             )
-    entries = [Entry(names[p], p, groups.get(p)) for p in wanted]
-    for index, entry in enumerate(entries):
-        entry.index = index
-    return entries, device
+    table = Table()
+    return [table.add(names[p], p, groups.get(p)) for p in wanted], device
 
 
 def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]) -> list[str]:

@@ -106,8 +106,7 @@ def load_state(saved: dict[str, Any], groups: Sequence[dict[str, Any]], buckets:
                 values = {k: _flat_piece(k, v, entry, piece) for k, v in values.items()}
             if not _write(bucket, number, piece, values):
                 stale.append(entry.name)
-        for entry in bucket.entries:
-            entry.version = entry.param._version  # values loaded before are known, and their masters are set
+        bucket.note_versions()  # values loaded before are known, and their masters are set
     steps = about["steps"] if about is not None else {i: _step_of(values) for i, values in saved["state"].items()}
     for entry, index in _indexed(positions, buckets):
         entry.steps = int(steps.get(index, 0))

@@ -17,9 +17,10 @@ parameter never depend on its neighbours.
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerolite.average import Average
 from zerolite.comm import Comm, Pending
@@ -29,6 +30,20 @@ from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
+_dtype = attrgetter("dtype")
+_trained = attrgetter("requires_grad")
+
+
+class Arrivals:
+    """What autograd has brought of one bucket since it was packed, and until when its hooks may add to it by themselves."""
+
+    __slots__ = ("grads", "task", "wanted")
+    grads: dict[int, Tensor]  # slot -> gradient; the same dict for ever
+    task: int  # first gradients in this backward need no more than to be put here; -1: none do
+    wanted: int  # with so many here the round is complete
+
+    def __init__(self) -> None:
+        self.grads, self.task, self.wanted = {}, -1, 0
 
 
 class Gradients:
@@ -41,10 +56,14 @@ class Gradients:
     dtype: torch.dtype  # compute dtype
     views: list[tuple[torch.Size, tuple[int, ...]]]  # shape and strides of each slot's parameter
     flat: list[bool]  # whether a slot's parameter is contiguous
+    offsets: list[int]  # where each slot begins
     pieces: list[Piece]  # parts of parameters in this rank's shard
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
     expected: int  # arrivals that complete a round
-    arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet
+    everything: bool  # the last round was complete, and nothing was frozen
+    arrivals: Arrivals
+    arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet (those of `arrivals`)
+    before: int  # gradients that came and are not among `arrived` any more
     packed: set[int]  # slots of this round in `full`
     wide: bool  # this round began with the local sum, so it travels in fp32
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
@@ -72,9 +91,12 @@ class Gradients:
         self.dtype = dtype
         self.views = [(p.shape, p.stride()) for p in like]
         self.flat = [_is_flat(p.shape, p.stride()) for p in like]
+        self.offsets = [slot.offset for slot in layout.slots]
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
-        self.expected = len(layout.slots)
+        self.expected, self.everything, self.before = len(layout.slots), False, 0
+        self.arrivals = Arrivals()
+        self.arrived = self.arrivals.grads
         self.average = average
         self.lane.settle = self.finish
         self.flight, self.taken = None, []
@@ -84,12 +106,36 @@ class Gradients:
         """Forgets every gradient."""
         if self.flight is not None or self.taken:
             self.lane.done()
-        self.arrived = {}
+        self._empty()
         self.packed = set()
+        self.close()
         self.wide = False
         self.full = self.local = self.base = self.flight = None
         self.taken = []
         self.average.clear(self.lane.transient)
+
+    def _empty(self) -> None:
+        self.before += len(self.arrived)
+        self.arrived.clear()
+
+    @property
+    def came(self) -> int:
+        """Counts gradients that came, from the start."""
+        return self.before + len(self.arrived)
+
+    def expect(self, params: list[nn.Parameter]) -> None:
+        """A backward begins. Only where the last one brought less than everything it is counted what can come."""
+        self.expected = len(params) if self.everything else sum(map(_trained, params))
+        self.everything = False
+        self.close()
+
+    def open(self, task: int) -> None:
+        """Hooks may put first gradients of one backward among the arrivals by themselves."""
+        self.arrivals.task, self.arrivals.wanted = task, self.expected - len(self.packed)
+
+    def close(self) -> None:
+        """Every gradient goes through Reducer.collect."""
+        self.arrivals.task = -1
 
     @property
     def complete(self) -> bool:
@@ -104,8 +150,13 @@ class Gradients:
     def put(self, slot: int, grad: Tensor) -> bool:
         """Takes one gradient of this round (shape and dtype of the parameter); whether the round is complete."""
         self.arrived[slot] = grad
-        if len(self.arrived) + len(self.packed) < self.expected:
+        return self.filled()
+
+    def filled(self) -> bool:
+        """Packs a round that is complete, where it can rest packed; whether it is."""
+        if not self.complete:
             return False
+        self.everything = len(self.arrived) + len(self.packed) >= len(self.layout.slots)
         if not self.lane.transient:
             self.pack()
         return True
@@ -114,6 +165,7 @@ class Gradients:
         """Adds one gradient to the local fp32 sum."""
         if self.local is None:
             self.local = torch.zeros(self.layout.numel, dtype=torch.float32, device=grad.device)
+        self.before += 1
         self.view(self.local, slot).add_(grad)
 
     def widen(self) -> None:
@@ -137,19 +189,12 @@ class Gradients:
         if fresh and self.wide:
             full.zero_() if self.base is None else full.copy_(self.base)
             self.base = None
-        plain: list[Tensor] = []
-        offsets: list[int] = []
-        odd: list[int] = []
-        slots, dtype, plainly = self.layout.slots, self.dtype, not self.wide
-        for slot, grad in self.arrived.items():
-            if plainly and self.flat[slot] and grad.dtype is dtype and grad.is_contiguous():
-                plain.append(grad)
-                offsets.append(slots[slot].offset)
-            else:
-                odd.append(slot)
+        odd = [] if not self.wide and self._plain() else [slot for slot in self.arrived if self.wide or not self._plain(slot)]
+        plain = sorted(self.arrived.keys() - odd)
         limit = _SUSPECT[full.dtype]
         if not self.wide:
-            pack_(full, plain, offsets, fresh, self.suspect, limit)
+            grads, offsets = map(self.arrived.__getitem__, plain), map(self.offsets.__getitem__, plain)
+            pack_(full, list(grads), list(offsets), fresh, self.suspect, limit)
         for slot in odd:
             view = self.view(full, slot)
             view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
@@ -157,7 +202,15 @@ class Gradients:
             exceeds_(self.suspect, full, limit)
         self.packed.update(self.arrived)
         self.comm.ledger.note("pack", self.name)  # while both are held
-        self.arrived = {}
+        self._empty()
+
+    def _plain(self, slot: int | None = None) -> bool:
+        """Whether a gradient that arrived, or each, is one block of memory like its parameter's range in `full`."""
+        slots = self.arrived if slot is None else [slot]
+        grads = self.arrived.values() if slot is None else [self.arrived[slot]]
+        if not (set(map(_dtype, grads)) <= {self.dtype} and all(map(Tensor.is_contiguous, grads))):
+            return False
+        return all(map(self.flat.__getitem__, slots))
 
     def look(self) -> None:
         """Settles `suspect` for what was collected, as far as its turn to be packed has come."""
@@ -176,6 +229,7 @@ class Gradients:
         self.full = None
         self.wide = False
         self.packed = set()
+        self.close()
         self.comm.ledger.note("exchange", self.name)
 
     def peek(self) -> tuple[list[Tensor], float]:
@@ -219,8 +273,9 @@ class Gradients:
 
     def discard(self, slot: int) -> None:
         """Forgets one parameter's gradient in every form."""
-        self.arrived.pop(slot, None)
+        self.before += self.arrived.pop(slot, None) is not None
         self.packed.discard(slot)
+        self.close()
         self.finish()
         for flat in (self.full, self.local, self.base):
             if flat is not None:

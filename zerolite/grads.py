@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
 
 from zerolite.bucket import Entry
+from zerolite.entry import HELD, NONE, USED
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
 from zerolite.reducer import Reducer, grads_of
 
-_task = torch._C._current_graph_task_id
 _strided = torch.strided
 _grad = attrgetter("grad")
-_consumed = attrgetter("consumed")
+_UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
 
 
 class Grads:
@@ -45,9 +46,8 @@ class Grads:
         self.adopt = adopt
         reducer.at_start.append(self.fold)
         reducer.at_end.append(self.complete)
-        self._norms: tuple[int, dict[float, list[float]]] = (-1, {})
-        self._params: list[Tensor] = []  # of `entries`, and what p.grad holds where nothing was assigned or dropped
-        self._handles: list[Tensor | None] = []
+        self._norms: tuple[tuple[int, int], dict[float, list[float]]] = ((-1, 0), {})
+        self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
 
     def make_handle(self, entry: Entry) -> None:
@@ -57,30 +57,23 @@ class Grads:
             dtype = torch.float32
             entry.param.grad_dtype = None
         entry.handle = LazyGrad(entry, self, dtype)
-        self._sync()
-        self._handles[entry.index] = entry.handle
-
-    def _sync(self) -> None:
-        """`_params` and `_handles` follow `entries`, which may have grown."""
-        for entry in self.entries[len(self._params) :]:
-            self._params.append(entry.param)
-            self._handles.append(entry.handle)
 
     def _untouched(self) -> bool:
-        """Whether every p.grad is its own handle (None where there is none); loops in C, for many small parameters."""
-        self._sync()
-        return all(map(is_, map(_grad, self._params), self._handles))
+        """Whether every p.grad is its own handle (None where there is none)."""
+        return all(map(is_, map(_grad, self.table.params), self.table.handles))
 
     # ---- backward
 
     def fold(self) -> None:
         """A backward begins after gradients were clipped or unscaled: what is there keeps its factor."""
+        if self.table.plain:
+            return
         scaled = [entry for entry in self.entries if entry.factor != 1.0 and entry.live]
         if scaled:
             self.reducer.flush()
         for entry in scaled:
             grads_of(entry.bucket).multiply(entry.slot, entry.factor)
-            entry.factor = 1.0
+        self.table.factors[:] = [1.0] * len(self.entries)
 
     def complete(self) -> None:
         """A backward is over: every parameter with a gradient on any rank carries a handle on all (a collective).
@@ -89,7 +82,9 @@ class Grads:
         """
         if not self.reducer.sync:
             return
-        ours = [grad is not None for grad in (self._handles if self._untouched() else map(_grad, self._params))]
+        params, state = self.table.params, self.table.state
+        everything = state.count(self.reducer.task) == len(state)  # came in this backward
+        ours = [True] * len(state) if everything else list(map(is_not, map(_grad, params), repeat(None)))
         present = self.reducer.union(ours, "step backward")
         late = [e for e in self.entries if e.handle is None and present[e.index]]
         if late:
@@ -99,7 +94,7 @@ class Grads:
                 continue
             grad = entry.param.grad
             if grad is None:
-                entry.live, entry.consumed, entry.factor = True, False, 1.0
+                entry.state, entry.factor = HELD, 1.0
                 entry.param.grad = entry.handle
             elif not isinstance(grad, LazyGrad) and entry in late:
                 self.assign(entry, grad)
@@ -107,10 +102,7 @@ class Grads:
     def arrive(self, entry: Entry, param: Tensor) -> None:
         """Autograd has written p.grad, or added to the handle in it."""
         grad = param.grad
-        entry.task = _task()
-        if type(grad) is Tensor and not entry.live:  # once a parameter and step: kept short
-            entry.consumed, entry.factor = False, 1.0
-        else:
+        if entry.live or type(grad) is not Tensor:
             grad = self._again(entry, grad)
         if grad is None:
             return
@@ -118,6 +110,13 @@ class Grads:
             raise _unfit(entry, grad)
         self.reducer.collect(entry, grad)
         param.grad = entry.handle
+        if self.on_collected is not None:
+            self.on_collected(entry)
+
+    def filled(self, entry: Entry) -> None:
+        """Hooks have done as `arrive` for parameters of the same bucket, and the round is complete."""
+        assert entry.bucket is not None
+        self.reducer.filled(entry.bucket)
         if self.on_collected is not None:
             self.on_collected(entry)
 
@@ -137,20 +136,24 @@ class Grads:
         elif grad is not None:
             if entry.live:
                 self.drop(entry)  # p.grad was set to None in between (model.zero_grad())
-            entry.factor, entry.consumed = 1.0, False
+            entry.factor = 1.0
         return grad
 
     # ---- what handles ask (lazy_grad.Source)
 
     def norm(self, entry: Entry, order: float) -> float:
         """Norm of the averaged gradient, without factors; all parameters' norms are computed at once."""
-        version, known = self._norms
-        if version != self.reducer.version:
+        return self.norms(order)[entry.index]
+
+    def norms(self, order: float) -> list[float]:
+        """`norm` of every parameter."""
+        moment, known = self._norms
+        if moment != self.reducer.moment:
             known = {}
         if order not in known:
             known[order] = gradient_norms(self.reducer, self.entries, order)
-            self._norms = (self.reducer.version, known)
-        return known[order][entry.index]
+            self._norms = (self.reducer.moment, known)
+        return known[order]
 
     def finite(self) -> bool:
         """Whether all averaged gradients are finite, the same answer on every rank (a collective)."""
@@ -173,21 +176,22 @@ class Grads:
 
     def zero(self, entry: Entry) -> None:
         """p.grad becomes zeros, which still takes part in the next step."""
+        task = entry.state
         self.drop(entry)
-        entry.live, entry.consumed = True, False
+        entry.state = task if task >= 0 else HELD
 
     def drop(self, entry: Entry) -> None:
         """Forgets what was collected for one parameter."""
         grads_of(entry.bucket).discard(entry.slot)
-        entry.live, entry.factor = False, 1.0
+        entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
     # ---- step and zero_grad
 
     def scan(self) -> tuple[list[bool], list[int]]:
         """Which parameters have a gradient, and which were assigned or set to None since backward; takes the former."""
-        if self._untouched() and not any(map(_consumed, self.entries)):
-            return [handle is not None for handle in self._handles], []
+        if USED not in self.table.state and self._untouched():
+            return list(map(is_not, self.table.handles, repeat(None))), []
         present: list[bool] = []
         replaced: list[int] = []
         for entry in self.entries:
@@ -215,6 +219,8 @@ class Grads:
         present, replaced = self.scan()
         self._ours = present
         present = self.reducer.agree(self.entries, present, replaced)
+        if self.table.trained == len(self.entries):
+            return present
         late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
         if late:
             self.adopt(late)
@@ -229,37 +235,38 @@ class Grads:
         if entry.live:
             self.drop(entry)
         grads_of(entry.bucket).put(entry.slot, grad)
-        entry.live, entry.consumed, entry.factor = True, False, 1.0
+        entry.state, entry.factor = HELD, 1.0
         self.reducer.open = True
         self.reducer.version += 1
         entry.param.grad = entry.handle
 
     def use_up(self) -> None:
         """A step has used the gradients; handles stay in p.grad until zero_grad."""
-        for entry, had in zip(self.entries, self._ours, strict=True):
-            if had:
-                entry.consumed = True
-            entry.live, entry.factor = False, 1.0
+        rest = [] if all(self._ours) else [e.index for e in self.entries if not (self._ours[e.index] or e.consumed)]
+        self.table.clear(USED)
+        for index in rest:
+            self.table.state[index] = NONE
         self.reducer.reset()
 
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""
+        table = self.table
         self.reducer.reset()
-        for entry in self.entries:
-            p = entry.param
-            if set_to_none:
+        table.clear()
+        if set_to_none:
+            for p in table.params:
                 p.grad = None
-            if entry.handle is not None and sys.getrefcount(entry.handle) > 3:  # ours: entry, `_handles`, the call
-                self.make_handle(entry)  # someone kept the old one: it stands for the old gradient
-            entry.consumed, entry.factor = False, 1.0
-            entry.live = False
-            if set_to_none:
-                continue
-            if isinstance(p.grad, LazyGrad):
-                entry.live = True
-                p.grad = entry.handle
-            elif p.grad is not None:
-                p.grad.detach_().zero_()
+        kept = list(map(_UNSHARED.__lt__, map(sys.getrefcount, table.handles)))
+        for entry in compress(self.entries, kept):  # someone kept the old one: it stands for the old gradient
+            if entry.handle is not None:
+                self.make_handle(entry)
+        for entry in [] if set_to_none else self.entries:
+            grad = entry.param.grad
+            if isinstance(grad, LazyGrad):
+                entry.state = HELD
+                entry.param.grad = entry.handle
+            elif grad is not None:
+                grad.detach_().zero_()
 
 
 def _unfit(entry: Entry, grad: Tensor) -> Exception:

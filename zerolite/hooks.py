@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.bucket import Bucket, Entry
+from zerolite.grads import Grads
+from zerolite.reducer import grads_of
 from zerolite.unit import Schedule, Unit
+
+_task = torch._C._current_graph_task_id
+_strided = torch.strided
 
 
 class Hooks:
@@ -26,17 +31,33 @@ class Hooks:
             handle.remove()
         self.handles = []
 
-    def on_gradient(self, entry: Entry, arrive: Callable[[Entry, Tensor], None]) -> None:
-        """arrive(entry, param), a method, after autograd has accumulated p.grad.
+    def on_gradient(self, entry: Entry, grads: Grads) -> None:
+        """After autograd has accumulated p.grad: grads.arrive(entry, p), or what that does with a first gradient in a backward
+        that `Arrivals` names. Of thousands of small parameters each costs no more Python than this.
 
         The hook refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to
-        the tensor would keep model and optimizer for ever.
+        the tensor would keep model and optimizer for ever. (Handles refer weakly to their parameter.)
         """
-        owner, call, weak = weakref.ref(arrive.__self__), arrive.__func__, weakref.ref(entry)  # type: ignore[attr-defined]
+        owner, weak = weakref.ref(grads), weakref.ref(entry)
+        state, handles, index, slot = entry.table.state, entry.table.handles, entry.index, entry.slot
+        arrivals = grads_of(entry.bucket).arrivals
+        arrived = arrivals.grads
 
         def hook(param: Tensor) -> None:
-            if (grads := owner()) is not None and (target := weak()) is not None:
-                call(grads, target, param)
+            grad: Any = param.grad
+            plain = type(grad) is Tensor and state[index] < 0 and arrivals.task == _task() and grad.layout is _strided
+            if plain:
+                state[index] = arrivals.task
+                arrived[slot] = grad
+                param.grad = handles[index]
+                if len(arrived) < arrivals.wanted:
+                    return
+            if (known := owner()) is None or (target := weak()) is None:
+                arrived.clear()  # of a backward that failed
+            elif plain:
+                known.filled(target)
+            else:
+                known.arrive(target, param)
 
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 

@@ -172,7 +172,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     handle, other = args[0], args[1]
     if not isinstance(handle, LazyGrad) or not torch._C._current_graph_task_id() >= 0 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
-    if handle.incoming is not None or handle.entry.task == torch._C._current_graph_task_id():
+    if handle.incoming is not None or handle.entry.state == torch._C._current_graph_task_id():
         raise NotImplementedError(
             f"p.grad of '{handle.entry.name}' was edited by a hook inside of backward(). Edit the gradient in p.register_hook, "
             "or p.grad after backward()."

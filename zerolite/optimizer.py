@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import compress
+from operator import add
 from typing import Any
 
 import torch
@@ -127,39 +130,40 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if built.schedule is not None:
             built.schedule.unpin()
         present = built.grads.settle_step()
-        used = [entry for entry in built.entries if present[entry.index]]
+        used, table = any(present), built.grads.table
         finite = built.reducer.finite() if used else True  # a collective where anything large was seen
-        if used and not (finite and all(abs(entry.factor) < float("inf") for entry in used)):
+        if used and not (finite and all(map(math.isfinite, compress(table.factors, present)))):
             self._skip()
         elif used:
             self._update(present)
-            for entry in used:
-                entry.steps += 1
+            table.steps[:] = map(add, table.steps, present)
         built.grads.use_up()
         built.updates.finish()
         self._whole = None
 
     def _update(self, present: list[bool]) -> None:
         built = self._parts
-        buckets = [b for b in self._trained if any(present[e.index] for e in b.entries)]
+        buckets = [bucket for bucket in self._trained if any(map(present.__getitem__, bucket.rows))]
         for bucket in buckets:
             bucket.keep_writes()
         built.reducer.begin(buckets[:1])
         for position, bucket in enumerate(buckets):
             built.reducer.begin(buckets[position + 1 : position + 2])
-            built.updates.update(bucket, _targets(bucket, present), [e for e in bucket.entries if present[e.index]])
+            here = list(compress(bucket.entries, map(present.__getitem__, bucket.rows)))
+            built.updates.update(bucket, _targets(bucket, here), here)
 
     def _check_groups(self) -> None:
         """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
         known = self._parts.params
         for group in self.param_groups:
             self._parts.rule.check(group)
-            for p in group["params"]:
-                if id(p) not in known:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(p.shape)} was added to the wrapped optimizer. Call "
-                        "add_param_group of the ZeroOptimizer instead."
-                    )
+            if known.issuperset(map(id, group["params"])):
+                continue
+            p = next(p for p in group["params"] if id(p) not in known)
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} was added to the wrapped optimizer. Call add_param_group of the "
+                "ZeroOptimizer instead."
+            )
 
     def _skip(self) -> None:
         self.skipped_steps += 1
@@ -336,17 +340,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         raise TypeError("ZeroOptimizer cannot be pickled or copied: it belongs to a process group. Save state_dict().")
 
 
-def _targets(bucket: Bucket, present: list[bool]) -> list[Target]:
-    """What a step updates in the range that this rank updates; neighbours that are updated alike in one target, where
-    the rule needs no parameter for itself (10,000 small parameters make one target)."""
+def _targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
+    """What a step updates in the range that this rank updates, for the parameters that take part; neighbours that are updated
+    alike in one target, where the rule needs no parameter for itself (10,000 small parameters make one target)."""
     assert bucket.state is not None
     targets: list[Target] = []
-    merge, entries, last = bucket.state.counted, bucket.entries, -2
+    merge, entries, last, pieces = bucket.state.counted, bucket.entries, -2, bucket.pieces
+    if merge and pieces and len(present) == len(entries):
+        columns = [map(column.__getitem__, bucket.rows) for column in (entries[0].table.steps, entries[0].table.factors)]
+        groups = set(map(id, map(entries[0].table.groups.__getitem__, bucket.rows)))
+        p, stop = entries[0], pieces[-1].offset + pieces[-1].stop - pieces[-1].start
+        if p.group is not None and len(groups) == 1 and all(len(set(column)) == 1 for column in columns):
+            return [Target(0, pieces[0].offset, stop, p.group, p.steps + 1, p.factor)]
+    taken = {entry.index for entry in present}
     group, steps, factor = None, -1, 1.0  # of the run of neighbours that begins with piece `first`
     first = start = end = 0
-    for number, piece in enumerate(bucket.pieces):
+    for number, piece in enumerate(pieces):
         entry = entries[piece.slot]
-        if entry.group is None or not present[entry.index]:
+        if entry.group is None or entry.index not in taken:
             continue
         stop = piece.offset + piece.stop - piece.start
         alike = entry.group is group and entry.steps == steps and entry.factor == factor

@@ -8,8 +8,8 @@ what a rank lacks counts as 0.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Callable
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from zerolite.gradient import Gradients
 from zerolite.kernels import exceeds_
 from zerolite.placement import Plan
 
-_trained = attrgetter("param.requires_grad")
+_task = torch._C._current_graph_task_id
 
 
 class Reducer:
@@ -33,10 +33,11 @@ class Reducer:
     suspect: Tensor  # int64 [1]: see Gradients.suspect
     sync: bool  # False inside no_sync()
     active: bool  # a backward is under way
+    task: int  # the last one's number
     open: bool  # a synchronised backward left something that has not gone out
     local: bool  # a backward under no_sync() did
     next: int  # position in `order` of the next bucket to go out in this backward
-    version: int  # counts changes of any gradient, for caches
+    version: int  # counts changes of gradients, but for what hooks take by themselves: see `moment`
     wait: Callable[[], None]  # until no update reads gradients any more
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
@@ -48,6 +49,7 @@ class Reducer:
         self.suspect = torch.zeros(1, dtype=torch.int64, device=device)
         self.sync = True
         self.version = 0
+        self.task = -1
         self.wait = lambda: None
         self.at_start = []
         self.at_end = []
@@ -66,6 +68,11 @@ class Reducer:
         """Takes trained buckets, in the order of the forward pass."""
         self.order = list(reversed(buckets)) + self.order
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Changes with any gradient, for caches."""
+        return self.version, sum(grads_of(bucket).came for bucket in self.order)
+
     # ---- backward
 
     def enter(self) -> None:
@@ -79,8 +86,9 @@ class Reducer:
         if self.sync and self.local:
             self._widen()
         for bucket in self.order:
-            grads_of(bucket).expected = sum(map(_trained, bucket.entries))
+            grads_of(bucket).expect(bucket.params)
         self.active = True
+        self.task = _task()
         self.next = 0
         self.comm.ledger.note("backward", "begin")
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)  # type: ignore[attr-defined]
@@ -92,7 +100,7 @@ class Reducer:
         self.version += 1
         grads = entry.bucket.grads  # type: ignore[union-attr]
         assert grads is not None
-        entry.live = True
+        entry.state = _task()
         if not self.sync:
             self.local = True
             grads.hold(entry.slot, grad)
@@ -101,11 +109,22 @@ class Reducer:
         slot = entry.slot
         if slot in grads.arrived or slot in grads.packed:
             grads.start()
-        if grads.put(slot, grad) and self.plan.grads.sharded:
+        if grads.put(slot, grad):
+            self._advance()
+        elif not torch.is_grad_enabled():  # else a gradient may have a graph
+            grads.open(entry.state)
+
+    def filled(self, bucket: Bucket) -> None:
+        """Hooks have brought the last gradient of a round."""
+        self.version += 1
+        if grads_of(bucket).filled():
             self._advance()
 
     def _advance(self) -> None:
-        """Sends complete buckets while they are next in order; the one sent before is averaged meanwhile."""
+        """Sends complete buckets while they are next in order, where gradients rest sharded; the one sent before is averaged
+        meanwhile."""
+        if not self.plan.grads.sharded:
+            return
         while self.next < len(self.order) and grads_of(self.order[self.next]).complete:
             grads_of(self.order[self.next]).start()
             if self.next > 0:
@@ -122,6 +141,8 @@ class Reducer:
             for bucket in self.order:
                 grads_of(bucket).finish()
             self.open = False
+        for bucket in self.order:
+            grads_of(bucket).close()
         self.active = False
         self.next = 0
         for call in self.at_end:
@@ -187,10 +208,10 @@ class Reducer:
         Raises RankError where ranks took different paths, ValueError where their gradients were treated differently.
         Leaves `suspect`, `open` and `local` equal on all ranks.
         """
-        ledger = self.comm.ledger
+        ledger, table = self.comm.ledger, entries[0].table
         digest = ledger.digest
-        factors = [(entry.index, entry.factor) for entry in entries if entry.factor != 1.0]
-        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(repr(factors).encode())]
+        factors = array("d", [] if table.plain else table.factors)
+        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(factors)]
         marks.append(zlib.crc32(bytes(present)))
         for bucket in self.order:
             grads_of(bucket).look()

@@ -25,7 +25,7 @@ class Unit:
     is_root: bool
     reached: bool  # the backward needs it now
     inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
-    collected: int  # gradients that arrived in this backward
+    before: int  # gradients that its buckets had collected before this backward
     calls: list[list[Tensor]]  # forward calls under way: the inputs that require a gradient
 
     def __init__(self, name: str, buckets: list[Bucket], is_root: bool) -> None:
@@ -33,14 +33,20 @@ class Unit:
         self.buckets = buckets
         self.is_root = is_root
         self.calls = []
+        self.before = 0
         self.forget()
 
     def forget(self) -> None:
         """No backward needs the unit."""
         self.reached = False
         self.inputs = 0
-        self.collected = 0
+        self.before = self.came
         self.calls.clear()
+
+    @property
+    def came(self) -> int:
+        """Counts gradients that were collected, from the start."""
+        return sum(bucket.grads.came for bucket in self.buckets if bucket.grads is not None)
 
     @property
     def expected(self) -> int:
@@ -174,12 +180,11 @@ class Schedule:
         self._done(unit)
 
     def collected(self, unit: Unit) -> None:
-        """One of the unit's gradients was collected."""
-        unit.collected += 1
+        """Gradients of the unit were collected."""
         self._done(unit)
 
     def _done(self, unit: Unit) -> None:
-        if unit.reached and not unit.is_root and unit.inputs == 0 and unit.collected >= unit.expected:
+        if unit.reached and not unit.is_root and unit.inputs == 0 and unit.came - unit.before >= unit.expected:
             self._release(unit)
             unit.forget()
 

@@ -79,8 +79,8 @@ class Materialise:
         for bucket in buckets:
             bucket._show(bucket.views if bucket.whole else bucket.blanks)
             end(bucket)
-        for entry in self.buckets.values():
-            entry.version = entry.param._version  # recipes wrote beside parameters that have values
+        for bucket in {entry.bucket: None for entry in self.buckets.values() if entry.bucket is not None}:
+            bucket.note_versions()  # recipes wrote beside parameters that have values
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
         return [p for p in module._parameters.values() if p is not None and p in self.asleep and wants_values(p)]

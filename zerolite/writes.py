@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,9 @@ from zerolite.update import Work
 
 if TYPE_CHECKING:
     from zerolite.bucket import Bucket
+    from zerolite.entry import Entry
+
+_dtype = attrgetter("dtype")
 
 
 @dataclass
@@ -60,3 +64,18 @@ def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
             fresh = torch.zeros_like(bucket.rest[part]) if bucket.rest.dtype == torch.int16 else new.float()
             bucket.rest[part] = torch.where(changed, fresh, bucket.rest[part])
     return found
+
+
+def replaced(bucket: Bucket) -> list[Entry]:
+    """Parameters that no longer use the memory that their bucket gave them."""
+    dtype = bucket.full.dtype
+    places = bucket.blank_places
+    if bucket.whole and bucket.pending is None:
+        base, width = bucket.full.data_ptr(), bucket.full.element_size()
+        if bucket.places[0] != base:
+            bucket.places = base, [base + slot.offset * width if slot.numel else 0 for slot in bucket.layout.slots]
+        places = bucket.places[1]
+    if list(map(Tensor.data_ptr, bucket.params)) == places and set(map(_dtype, bucket.params)) <= {dtype}:
+        return []
+    pairs = zip(bucket.entries, places, strict=True)
+    return [entry for entry, place in pairs if entry.param.data_ptr() != place or entry.param.dtype is not dtype]

@@ -7,6 +7,11 @@ An index tensor `spans` is int64 of shape (n, 3): start, stop, and a row of anot
 
 from __future__ import annotations
 
+import functools
+from array import array
+from itertools import chain
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -18,6 +23,8 @@ ADAM_ROW = ("grad_scale", "l2", "decay", "mix1", "beta2", "mix2", "eps", "step_s
 MOMENT_ROW = (*ADAM_ROW, "step")
 #: int64 words of one exact sum of squares: 19 limbs of 32 bits in units of 2^-298, then the non-finite count.
 LIMBS = reference.LIMBS
+
+_dtype = attrgetter("dtype")
 
 _library = torch.library.Library("zerolite", "DEF")
 _library.define(
@@ -33,6 +40,7 @@ _library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, fl
 _library.define("reduce_squares_(Tensor(a!) out, Tensor(b!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
 _library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear, Tensor(b!) flag, float limit) -> ()")
+_library.define("pack_at_(Tensor(a!) out, Tensor places, bool clear, Tensor(b!) flag, float limit) -> ()")
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
 _library.define("flag_wait(Tensor flags, int[] places, int value, float seconds) -> bool")
 _library.define("use_isa(str name) -> bool")
@@ -129,7 +137,20 @@ def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, fla
     clear        elements of `out` that no gradient covers become 0; else they stay
     flag, limit  as `exceeds_` for the gradients, in the same pass
     """
-    torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
+    if not (grads and out.device.type == "cpu" and _by_address()):
+        torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
+        return
+    if not (set(map(_dtype, grads)) == {out.dtype} and all(map(Tensor.is_contiguous, grads))):
+        raise RuntimeError("grads: expected contiguous tensors of the dtype of out")
+    # Where there are thousands, handing them over as tensors costs more than the copy.
+    places = array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads)))
+    torch.ops.zerolite.pack_at_(out, torch.frombuffer(places, dtype=torch.int64).view(3, -1), clear, flag, limit)
+
+
+@functools.cache
+def _by_address() -> bool:
+    """Whether the native library is there, which takes gradients by address."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("zerolite::pack_at_", "CPU")
 
 
 def flag_store_(flags: Tensor, place: int, value: int) -> None:
