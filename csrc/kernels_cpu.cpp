@@ -101,11 +101,28 @@ void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64
   }
 }
 
+// The same average as the update of moments takes it: whole groups, in halves where those of the parameter are.
+void average_groups(float* __restrict g, const Sources& s, int64_t at, int64_t n, bool halves) {
+  const int64_t whole = (n + kGroup - 1) / kGroup * kGroup;
+  if (halves && s.dtype == Dtype::kBFloat16 && s.count == 1 && s.mean == 1.0f && n == whole) {
+    const bf16* from = static_cast<const bf16*>(s.data[0]) + at;
+    for (int64_t k = 0; k < n; k += kGroup) halve(g + k, from + k);
+    return;
+  }
+  alignas(64) float natural[kBlock];
+  float* const to = halves ? natural : g;
+  average_any(to, s, at, n);
+  for (int64_t i = n; i < whole; ++i) to[i] = 0;
+  if (!halves) return;
+  for (int64_t k = 0; k < n; k += kGroup) halve(g + k, natural + k);
+}
+
 void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
+  const bool halves = t.dtype == Dtype::kBFloat16 ? kHalves<uint16_t> : kHalves<float>;
   alignas(64) float g[kBlock];
   for (int64_t at = start; at < stop; at += kBlock) {
     const int64_t n = stop - at < kBlock ? stop - at : kBlock;
-    average_any(g, s, at, n);
+    average_groups(g, s, at, n, halves);
     if (t.bytes)
       adam_moments<uint8_t>(t, g, r, at, n);
     else

@@ -42,29 +42,47 @@ ZL_FN float from_units(uint8_t scale) {
   return as_float(static_cast<uint32_t>(127 - F::kTop + F::kLowest + scale) << 23);
 }
 
+// a * b + c where a * b is exact, or too small to matter: fused or not, the same bits.
+ZL_FN float exact_fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value. The
-// first moment takes the high bits of the dice, the second the low ones.
+// first moment takes the high bits of the dice, the second the low ones. `at` is the bit where a code begins.
 //
 // Field 0 of a first moment has the spacing of the field above and no leading one. Moved up by half a binade it is a
 // pattern like the others: y / 2 + 2, which exceeds y exactly where y lies in field 0.
+template <int at = 0>
 ZL_FN uint32_t encode_moment(float m, float units, uint32_t dice) {
   const uint32_t bits = as_bits(m);
-  const float y = as_float(bits & 0x7fffffffu) * units, low = y * 0.5f + 2.0f;
-  const uint32_t code = (as_bits(y > low ? y : low) + (dice >> (32 - kDropped))) >> kDropped;
-  return (code & 0x7fu) | (bits >> 24 & 0x80u);
+  const float y = as_float(bits & 0x7fffffffu) * units, low = exact_fma(y, 0.5f, 2.0f);
+  const uint32_t code = as_bits(y > low ? y : low) + (dice >> (32 - kDropped));
+  return (code >> (kDropped - at) & 0x7fu << at) | (bits >> (24 - at) & 0x80u << at);
 }
+template <int at = 0>
 ZL_FN float decode_moment(uint32_t code, float units) {
-  const float y = as_float((code << kDropped & 0x07f00000u) | 128u << 23), low = (y + y) - 4.0f;
-  return as_float(as_bits((y < low ? y : low) * units) | (code << 24 & 0x80000000u));
+  const float y = as_float((code << (kDropped - at) & 0x07f00000u) | 128u << 23), low = exact_fma(y, 2.0f, -4.0f);
+  return as_float(as_bits((y < low ? y : low) * units) | (code << (24 - at) & 0x80000000u));
 }
+template <int at = 0>
 ZL_FN uint32_t encode_square(float v, float units, uint32_t dice) {
   const uint32_t bits = as_bits(v * units), least = (128u << 23) + kStep;
-  const uint32_t code = ((bits > least ? bits : least) + (dice << 16 >> (32 - kDropped))) >> kDropped;
-  return bits == 0 ? 0u : code & 0xffu;
+  const uint32_t y = bits == 0 ? 0u : bits > least ? bits : least;
+  return (y + (dice << 16 >> (32 - kDropped))) >> (kDropped - at) & 0xffu << at;
+}
+// The middle of the binary32 pattern, in units, of a second moment's code: 16 bits, so a register holds twice as many.
+ZL_FN uint16_t square_middle(uint16_t code) {
+  return static_cast<uint16_t>(code | (code == 0 ? 0 : 128 << (23 - kDropped)));
+}
+ZL_FN float decode_middle(uint16_t middle, float units) {
+  return as_float(static_cast<uint32_t>(middle) << kDropped) * units;
 }
 ZL_FN float decode_square(uint32_t code, float units) {
-  const float y = as_float((code << kDropped) + (128u << 23)) * units;
-  return code == 0 ? 0.0f : y;
+  return decode_middle(square_middle(static_cast<uint16_t>(code)), units);
 }
 
 // The hyper-parameters of a span, and the number of the update.
