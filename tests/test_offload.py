@@ -18,13 +18,14 @@ from ranks import on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
-from zerolite import stream
+from zerolite import options, stream
 from zerolite.buffer.simulated import Simulated
 from zerolite.comm.local import LocalComm
 from zerolite.pending import PendingParameter
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WAYS = [{"update": "host"}, {"update": "stream"}, {"update": "auto"}, {"overlap": False}, {"resident": 0.5}]
+WAYS += [{**way, "gradients": "device"} for way in WAYS]  # else on the host: this device does not say how much memory it has
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def device(monkeypatch):
         monkeypatch.setenv("ZEROLITE_SIMULATE", delays)
         monkeypatch.setenv("ZEROLITE_DEBUG", "poison")
         monkeypatch.setattr(stream.Stream.__init__, "__defaults__", (128,))
+        monkeypatch.setattr(options, "FEED", 128)
 
     return play
 
@@ -43,7 +45,7 @@ def variants(run: Run):
     for way in WAYS:
         for stage in (0, 1, 2, 3):
             yield replace(run, stage=stage, offload="states", more=tuple(way.items()))
-        if "resident" not in way:
+        if "resident" not in way and "gradients" not in way:
             yield replace(run, stage=3, offload="all", more=tuple(way.items()))
 
 

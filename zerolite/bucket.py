@@ -36,6 +36,7 @@ from zerolite.comm.pinned import PinnedComm, PinnedLane, Pool
 from zerolite.comm.shared import Home
 from zerolite.dtypes import bits_dtype, dense_strides, rest_dtype
 from zerolite.entry import Entry
+from zerolite.feed import Feed
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
@@ -67,6 +68,7 @@ class Bucket:
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
     state: State | None  # None: not trained
     grads: Gradients | None
+    feed: Feed | None  # brings averages that rest on the device to states on the host; None: they rest together
     views: list[Tensor]  # parameter-shaped views of `full`
     blanks: list[Tensor]  # parameter-shaped NaN, shown while released
     blank_places: list[int]  # their addresses
@@ -96,7 +98,7 @@ class Bucket:
         self.stale = False
         self.pool = None
         self.state = None
-        self.grads = None
+        self.grads = self.feed = None
         self.settle = None
         self.link = link
         self.kept = kept
@@ -178,8 +180,10 @@ class Bucket:
         device, dtype = self.full.device, self.full.dtype
         average: Average = Near(self.layout.shard, device)
         if staging is not None and self.apart:
-            kind = Joint if isinstance(lane, PinnedLane) else Far
-            average = kind(self.layout.shard, dtype, self.spans, staging)
+            self.feed = staging.feed
+            if self.feed is None:
+                kind = Joint if isinstance(lane, PinnedLane) else Far
+                average = kind(self.layout.shard, dtype, self.spans, staging)
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
     @property
@@ -292,23 +296,6 @@ class Bucket:
         elif not self.plan.params.sharded:
             self.ready()
 
-    def replaced(self) -> list[Entry]:
-        """Parameters that no longer use the memory that this bucket gave them."""
-        dtype = self.full.dtype
-        if self.whole and self.pending is None:
-            base, width = self.full.data_ptr(), self.full.element_size()
-            places = [base + slot.offset * width if slot.numel else 0 for slot in self.layout.slots]
-        else:
-            places = self.blank_places
-        params = [entry.param for entry in self.entries]
-        if list(map(Tensor.data_ptr, params)) == places and all(p.dtype is dtype for p in params):
-            return []
-        return [
-            entry
-            for entry, place in zip(self.entries, places, strict=True)
-            if (p := entry.param).data_ptr() != place or p.dtype is not dtype
-        ]
-
     def written(self) -> list[int]:
         """Slots whose parameter was written in place by someone else since our last write."""
         return [slot for slot, entry in enumerate(self.entries) if entry.param._version != entry.version]
@@ -345,8 +332,11 @@ class Bucket:
         assert self.state is not None and self.grads is not None
         if self.home is not None and self.mine is not self.shard:
             self.mine = self.shard.copy_(self.mine)
+        if self.feed is not None:
+            self.grads.finish()  # N sources become one, on the device
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
-        return Pass(self, self.state.prepare(targets), sources, mean, self.grads.average.coming)
+        coming = self.grads.average.coming if self.feed is None else self.link.now()
+        return Pass(self, self.state.prepare(targets), sources, mean, coming, self.feed)
 
     def update(self, targets: list[Target]) -> None:
         """`prepare`, done at once."""

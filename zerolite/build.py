@@ -22,14 +22,16 @@ from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
 from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
+from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
-from zerolite.placement import Keeper, Plan, Setting, Widths, with_rows
+from zerolite.placement import Plan, Setting, Widths, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule
 from zerolite.updates import Updates, make_updates
 from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
+from zerolite.writes import replaced
 
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
@@ -91,6 +93,7 @@ class Built:
             device=link.kind,
             slots=isinstance(self.comm, SharedComm) and self.comm.pins,
             stream=self.checked.update != "host" and self.rule.threaded,
+            feed=feed_size(self.checked.update, self.rule.threaded),
             beside=beside(self.model, outside, covered, self.checked.dtype),
         )
         named = self.model.named_parameters() if self.model is not None and self.schedule is not None else ()
@@ -105,7 +108,7 @@ class Built:
                     "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
                 )
         for bucket in self.buckets:
-            for entry in bucket.replaced():
+            for entry in replaced(bucket):
                 raise RuntimeError(
                     f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
                     "Do this before ZeroOptimizer is built, or write values with p.copy_(...)."
@@ -151,7 +154,7 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     joined = comm
     if not checked.link.separate:
         joined = share_host(comm, hosts)
-    elif checked.plan.states.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
+    elif checked.plan.grads.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
         joined = connect(comm, hosts, checked.link)
     return _make(checked, model, joined, here)
 
@@ -237,6 +240,8 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer, staging: S
     lanes = reducer.comm.lanes(specs, checked.device)
     for bucket, lane in zip(order, lanes, strict=True):
         bucket.train(checked.rule, lane, reducer.suspect, staging)
+    if staging is not None and staging.feed is not None:
+        staging.feed.reserve([(bucket.mine.numel(), bucket.mine.element_size()) for bucket in buckets if bucket.apart])
     reducer.add(buckets)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from zerolite.backward import Most, Trip, most
 from zerolite.layout import ALIGN, Layout
+from zerolite.options import check_gradients
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
 STAGES = (0, 1, 2, 3)
@@ -66,6 +67,11 @@ class Plan:
         """Whether states rest in another memory than the one that the model computes in."""
         return self.setting.device != "cpu" and self.states.home == "host"
 
+    @property
+    def near(self) -> bool:
+        """Whether gradients rest on the device, though states rest apart from it."""
+        return self.apart and self.grads.home == "device"
+
     def _half(self) -> int:
         """Compute-dtype parameters on the host: an update needs them beside the states, and they are what travels back."""
         if not self.apart or self.params.home == "host":
@@ -108,7 +114,8 @@ class Plan:
             if rows:
                 found.append(self._term("master" + " kept" * kept, "always", home, master))
                 found.append(self._term("moments" + " kept" * kept, "always", home, self._rests("states", rows) - master))
-                found.append(self._term("gradients" + " kept" * kept, "always", home, self._rests("grads", rows)))
+                near = "device" if kept else self.grads.home
+                found.append(self._term("gradients" + " kept" * kept, "always", near, self._rests("grads", rows)))
         found += self._transient()
         if self.setting.activations is not None:
             found.append(self._term("activations", "backward", "device", self.setting.activations))
@@ -144,6 +151,24 @@ class Plan:
         """What states on the host need on their way: rounds that leave the device, later ones that are added, chunks."""
         away = [row for row in self.trained if not row.kept]
         ranges = [row.layout.shard * row.widths.param for row in away]
+        yield from self._fed(away) if self.near else self._leaving(away, ranges)
+        if not self.states.sharded and not self.alone:  # each bucket's, until it is updated
+            widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in away]
+            whole = sum(row.layout.numel * width for row, width in zip(away, widths, strict=True))
+            yield self._term("whole gradients", "step", self.grads.home, whole)
+        if self.setting.stream and away:
+            widest = max(row.widths.param * (1 if self.near else 2) + row.widths.states for row in away)
+            longest = min(max(self._range(row) for row in away), CHUNK)
+            yield self._term("chunks of states", "step", "device", SLOTS * (longest * widest + longest // ALIGN * 2))
+
+    def _fed(self, away: Sequence[Row]) -> Iterator[Term]:
+        """Slots for gradients that rest on the device, on their way to an update on the host."""
+        wide = self.setting.micro_batches > 1
+        slots = [min(self._range(row), self.setting.feed) * (FP32 if wide else row.widths.param) for row in away]
+        yield self._term("slots of gradients", "always", "host", TURNS * _top(slots))
+
+    def _leaving(self, away: Sequence[Row], ranges: list[int]) -> Iterator[Term]:
+        """Rounds that leave the device as they are averaged."""
         if self.setting.slots:  # packed buckets on the device, and fp32 slots for them
             ranges = [row.full for row in reversed(away)]
             wide = [row.layout.numel * FP32 for row in reversed(away)]
@@ -152,10 +177,6 @@ class Plan:
         yield self._term("rounds on their way", "always", "device", TURNS * _top(ranges))
         if self.setting.micro_batches > 1:
             yield self._term("later rounds", "always", "host", TURNS * _top(ranges))
-        if self.setting.stream and away:
-            widest = max(row.widths.param * 2 + row.widths.states for row in away)
-            longest = min(max(self._range(row) for row in away), CHUNK)
-            yield self._term("chunks of states", "step", "device", SLOTS * (longest * widest + longest // ALIGN * 2))
 
     @property
     def _home(self) -> bool:
@@ -171,7 +192,7 @@ class Plan:
         total = 0
         for row in self.trained:
             if kept is None or row.kept == kept:
-                replaced = self.grads.sharded and (row.kept or not self.apart)
+                replaced = self.grads.sharded and (row.kept or self.near or not self.apart)
                 total += row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * replaced)
         return total
 
@@ -291,7 +312,8 @@ class Plan:
     @property
     def label(self) -> str:
         """Stage and offload in words."""
-        return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "")
+        near = ", gradients='device'" if self.offload and self.grads.home == "device" else ""
+        return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "") + near
 
 
 def _top(values: Sequence[int]) -> int:
@@ -323,20 +345,11 @@ def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | 
     return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
 
 
-class Keeper:
-    """Which buckets keep their states on the device: the first in forward order, as far as their part goes."""
+def make_plan(stage: object, offload: object, size: int, resident: object = 0.0, gradients: object = "auto") -> Plan:
+    """The placements of a ZeRO stage. Raises ValueError for options that do not exist or do not go together.
 
-    def __init__(self, resident: float, elements: int) -> None:
-        self.left = resident * elements
-
-    def take(self, layout: Layout) -> bool:
-        """Whether the next trained bucket is kept."""
-        self.left -= layout.used
-        return self.left >= 0
-
-
-def make_plan(stage: object, offload: object, size: int, resident: object = 0.0) -> Plan:
-    """The placements of a ZeRO stage. Raises ValueError for an unknown stage or offload."""
+    gradients "auto" means "host" here: whether there is room on the device is for the planner to say.
+    """
     if stage not in STAGES or isinstance(stage, bool):
         raise ValueError(f"stage: expected 0, 1, 2 or 3, got {stage!r}. Or stage='auto', the fastest that fits.")
     if offload not in OFFLOADS:
@@ -353,6 +366,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
         raise ValueError(
             f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."
         )
+    check_gradients(gradients, offload)
     host = "host" if offload else "device"
     # offloaded gradients leave the device as they are averaged, at every stage, so they rest sharded
     return Plan(
@@ -360,7 +374,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
         offload=offload if offload is None else str(offload),
         size=size,
         params=Placement(number >= 3, "host" if offload == "all" else "device"),
-        grads=Placement(number >= 2 or host == "host", host),
+        grads=Placement(number >= 2 or host == "host", "device" if gradients == "device" else host),
         states=Placement(number >= 1, host),
         resident=float(resident),
     )

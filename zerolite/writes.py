@@ -1,4 +1,4 @@
-"""What writes a bucket's master: an update, and a script that wrote to the parameters."""
+"""What writes a bucket's master: an update, and a script that wrote to the parameters or replaced them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from zerolite.buffer import Mark
 from zerolite.dtypes import bits_dtype
+from zerolite.entry import Entry
 from zerolite.update import Work
 
 if TYPE_CHECKING:
     from zerolite.bucket import Bucket
+    from zerolite.feed import Feed
 
 
 @dataclass
@@ -26,10 +28,32 @@ class Pass:
     sources: list[Tensor]
     mean: float
     coming: Mark  # the sources are there
+    feed: Feed | None = None  # the one source is on the device, and comes down through it; None: sources are beside the states
 
     def __call__(self) -> None:
+        if self.feed is not None:
+            self.feed.run(self)
+            return
         self.coming.sync()
         self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
+
+
+def replaced(bucket: Bucket) -> list[Entry]:
+    """Parameters that no longer use the memory that this bucket gave them."""
+    dtype = bucket.full.dtype
+    if bucket.whole and bucket.pending is None:
+        base, width = bucket.full.data_ptr(), bucket.full.element_size()
+        places = [base + slot.offset * width if slot.numel else 0 for slot in bucket.layout.slots]
+    else:
+        places = bucket.blank_places
+    params = [entry.param for entry in bucket.entries]
+    if list(map(Tensor.data_ptr, params)) == places and all(p.dtype is dtype for p in params):
+        return []
+    return [
+        entry
+        for entry, place in zip(bucket.entries, places, strict=True)
+        if (p := entry.param).data_ptr() != place or p.dtype is not dtype
+    ]
 
 
 def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
