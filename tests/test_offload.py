@@ -90,6 +90,49 @@ def test_every_schedule_of_delays_gives_the_same_bits(device, seed, stage, offlo
     assert equal(on_threads(2, train_on, replace(run, offload=offload, more=(("gradients", gradients),)))[0], expected)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_a_whole_script_gives_the_same_bits(device, world, gradients):
+    """Loss scaling, a step that is skipped, gradients by hand, parameters that are unfrozen later, and a checkpoint between."""
+
+    def steps(comm, model, optimizer, first, last):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for step in range(first, last):
+            model.blocks[0].requires_grad_(step > 1)
+            for micro in range(1 + step % 2):
+                scaler.scale(loss_of(model, tokens_for(step, micro, comm.rank))).backward()
+            if step == 2:
+                model.norm.weight.grad = torch.full_like(model.norm.weight, float("inf"))
+            if step == 3:
+                model.norm.weight.grad = torch.full_like(model.norm.weight, 0.25)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=step != 3)
+
+    def body(comm, run):
+        model = seeded(Net)
+        model.blocks[0].requires_grad_(False)
+        model, optimizer = make(run, comm, model)
+        steps(comm, model, optimizer, 0, 4)
+        saved = copy.deepcopy({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+        again, resumed = make(run, comm, seeded(Net, seed=9))
+        again.load_state_dict(saved["model"])
+        resumed.load_state_dict(saved["optimizer"])
+        for pair in ((model, optimizer), (again, resumed)):
+            steps(comm, *pair, 4, 6)
+        assert equal(dict(model.state_dict()), dict(again.state_dict())) and equal(optimizer.full_state(), resumed.full_state())
+        return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+
+    run = Run(dtype=torch.bfloat16, bucket_mb=1e-3)
+    expected = on_threads(world, body, run)
+    device("5:1")
+    for stage, update in ((0, "host"), (1, "auto"), (2, "stream"), (3, "host")):
+        more = (("gradients", gradients), ("update", update))
+        assert equal(on_threads(world, body, replace(run, stage=stage, offload="states", more=more)), expected), (stage, update)
+
+
 def test_same_bits_over_processes(device, monkeypatch):
     run = Run(stage=2, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=2e-3)
     expected = on_processes(2, _train_group, run)
