@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -310,6 +311,23 @@ def test_a_forward_waits_for_its_own_bucket_alone_and_what_reads_no_value_for_no
     opened.set()
     reader.join(30)
     assert not reader.is_alive() and all(type(layer.weight) is nn.Parameter for layer in model)
+
+
+def test_gradients_on_the_device_are_free_when_their_bucket_is_updated(device):
+    device("0")
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)]))
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    options = {"offload": "states", "gradients": "device", "update": "host"}
+    optimizer = zerolite.ZeroOptimizer(inner, model, bucket_mb=2**-10, **options)
+    model(torch.ones(1, 16)).sum().backward()
+    held = [weakref.ref(bucket.grads.average.value) for bucket in optimizer._trained]
+    opened = gate(optimizer, 2)
+    optimizer.step()
+    model[1](model[0](torch.ones(1, 16)))
+    assert [ref() is None for ref in held] == [True, True, False, False]
+    opened.set()
+    optimizer.state_dict()
+    assert not any(ref() for ref in held)
 
 
 # ---- failures
@@ -733,7 +751,6 @@ def test_a_failure_while_parameters_are_published_wakes_everyone(device):
 
 def test_a_model_dropped_with_an_update_under_way_is_garbage(device):
     import gc
-    import weakref
 
     device("1:5")
     model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
