@@ -135,8 +135,8 @@ class Counted:
     def down(self, out: torch.Tensor, source: torch.Tensor) -> Any:
         return self._copy("down", source, lambda: self.link.down(out, source))
 
-    def up(self, out: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        return self._copy("up", source, lambda: self.link.up(out, source, after))
+    def up(self, out: torch.Tensor, source: torch.Tensor, after: Any, alone: bool = False) -> Any:
+        return self._copy("up", source, lambda: self.link.up(out, source, after, alone))
 
     def _copy(self, way: str, source: torch.Tensor, copy: Callable[[], Any]) -> Any:
         self.moved[way] += source.numel() * source.element_size()
@@ -194,6 +194,7 @@ def step_rows(device: torch.device, name: str, rounds: int, options: dict[str, A
         "alone": quantiles(base),
         "exposed": quantile(exposed, 0.5),
         "a parameter": {way: value / steps / numel for way, value in links[0].moved.items()},
+        "gradients": optimizer.plan.grads.home,
         "host a parameter": {"planned": optimizer.plan.host_peak / numel, "process": held / numel if held else None},
         "updated by": {way.name: way.done for way in ways},
         "rates, ns an element": {way.name: (way.rate or 0.0) * 1e9 for way in ways},
@@ -208,6 +209,10 @@ WAYS: list[dict[str, Any]] = [
     {"stage": 2, "offload": "states", "update": "host"},
     {"stage": 2, "offload": "states", "update": "stream"},
     {"stage": 2, "offload": "states", "update": "auto"},
+    {"stage": 2, "offload": "states", "update": "host", "gradients": "host"},
+    {"stage": 2, "offload": "states", "update": "stream", "gradients": "host"},
+    {"stage": 2, "offload": "states", "update": "auto", "gradients": "host"},
+    {"stage": 2, "offload": "states", "update": "auto", "gradients": "device"},
     {"stage": 2, "offload": "states", "update": "auto", "overlap": False},
     {"stage": 2, "offload": "states", "update": "auto", "moments": "int8"},
     {"stage": 2, "offload": "states", "update": "auto", "resident": "auto"},

@@ -21,11 +21,17 @@ WAYS = [
     {"stage": 1},
     {"stage": 2},
     {"stage": 3},
-    *[{"stage": stage, "offload": "states", "update": way} for stage in (0, 2, 3) for way in ("host", "stream", "auto")],
+    *[
+        {"stage": stage, "offload": "states", "update": way, "gradients": gradients}
+        for stage in (0, 2, 3)
+        for way in ("host", "stream", "auto")
+        for gradients in ("host", "device")
+    ],
     {"stage": 3, "offload": "all", "update": "host"},
     {"stage": 3, "offload": "all", "update": "auto"},
     {"stage": 2, "offload": "states", "overlap": False},
     {"stage": 2, "offload": "states", "resident": 0.5},
+    {"stage": 2, "offload": "states", "resident": 0.5, "gradients": "device", "overlap": False},
 ]
 
 
@@ -91,19 +97,24 @@ def test_the_device_agrees_with_the_host_in_every_bit():
     assert equal(*results)
 
 
-def test_host_memory_is_pinned_and_device_memory_is_the_plan():
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_host_memory_is_pinned_and_device_memory_is_the_plan(gradients):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(8)]).cuda()
     inner = torch.optim.AdamW(model.parameters())
-    optimizer = zerolite.ZeroOptimizer(inner, model, offload="states", param_dtype=torch.bfloat16, bucket_mb=4)
+    optimizer = zerolite.ZeroOptimizer(
+        inner, model, offload="states", gradients=gradients, param_dtype=torch.bfloat16, bucket_mb=4
+    )
     assert all(bucket.mine.is_pinned() and bucket.rest.is_pinned() for bucket in optimizer._trained)
     elements = 8 << 20
     assert torch.cuda.memory_allocated() - before == pytest.approx(2 * elements, rel=0.02)
     model(torch.ones(4, 1024, device="cuda", dtype=torch.bfloat16)).sum().backward()
+    assert optimizer.memory().live == optimizer.plan.bytes_at_rest
     optimizer.step()
     optimizer.state_dict()
-    assert optimizer.memory().live == optimizer.plan.bytes_at_rest
+    grads = optimizer.plan.bytes_at_rest["grads"] if gradients == "host" else 0  # on the device free once they are updated
+    assert optimizer.memory().live == {**optimizer.plan.bytes_at_rest, "grads": grads}
 
 
 def test_kernels_of_the_device_are_in_use():

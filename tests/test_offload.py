@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,13 +19,15 @@ from ranks import on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
-from zerolite import stream
+from zerolite import options, stream
 from zerolite.buffer.simulated import Simulated
 from zerolite.comm.local import LocalComm
+from zerolite.memory import storage_bytes
 from zerolite.pending import PendingParameter
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WAYS = [{"update": "host"}, {"update": "stream"}, {"update": "auto"}, {"overlap": False}, {"resident": 0.5}]
+WAYS += [{**way, "gradients": "device"} for way in WAYS]  # else on the host: this device does not say how much memory it has
 
 
 @pytest.fixture
@@ -35,6 +38,7 @@ def device(monkeypatch):
         monkeypatch.setenv("ZEROLITE_SIMULATE", delays)
         monkeypatch.setenv("ZEROLITE_DEBUG", "poison")
         monkeypatch.setattr(stream.Stream.__init__, "__defaults__", (128,))
+        monkeypatch.setattr(options, "FEED", 128)
 
     return play
 
@@ -43,7 +47,7 @@ def variants(run: Run):
     for way in WAYS:
         for stage in (0, 1, 2, 3):
             yield replace(run, stage=stage, offload="states", more=tuple(way.items()))
-        if "resident" not in way:
+        if "resident" not in way and "gradients" not in way:
             yield replace(run, stage=3, offload="all", more=tuple(way.items()))
 
 
@@ -79,21 +83,70 @@ def test_same_bits_with_rounded_moments(device, moments):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("stage,offload", [(2, "states"), (3, "all")])
-def test_every_schedule_of_delays_gives_the_same_bits(device, seed, stage, offload):
-    run = Run(stage=stage, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=1e-3, no_sync=seed % 2 == 1)
+@pytest.mark.parametrize("stage,offload,gradients", [(2, "states", "host"), (2, "states", "device"), (3, "all", "host")])
+def test_every_schedule_of_delays_gives_the_same_bits(device, seed, stage, offload, gradients):
+    run = Run(stage=stage, dtype=torch.bfloat16, micro=1 + seed % 3, clip=0.5, bucket_mb=1e-3, no_sync=seed % 2 == 1)
     expected = on_threads(2, train_on, run)[0]
     device(f"{seed}:3")
-    assert equal(on_threads(2, train_on, replace(run, offload=offload))[0], expected)
+    assert equal(on_threads(2, train_on, replace(run, offload=offload, more=(("gradients", gradients),)))[0], expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_a_whole_script_gives_the_same_bits(device, world, gradients):
+    """Loss scaling, a step that is skipped, gradients by hand, parameters that are unfrozen later, and a checkpoint between."""
+
+    def steps(comm, model, optimizer, first, last):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for step in range(first, last):
+            model.blocks[0].requires_grad_(step > 1)
+            for micro in range(1 + step % 2):
+                scaler.scale(loss_of(model, tokens_for(step, micro, comm.rank))).backward()
+            if step == 2:
+                model.norm.weight.grad = torch.full_like(model.norm.weight, float("inf"))
+            if step == 3:
+                model.norm.weight.grad = torch.full_like(model.norm.weight, 0.25)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=step != 3)
+
+    def body(comm, run):
+        model = seeded(Net)
+        model.blocks[0].requires_grad_(False)
+        model, optimizer = make(run, comm, model)
+        steps(comm, model, optimizer, 0, 4)
+        saved = copy.deepcopy({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+        again, resumed = make(run, comm, seeded(Net, seed=9))
+        again.load_state_dict(saved["model"])
+        resumed.load_state_dict(saved["optimizer"])
+        for pair in ((model, optimizer), (again, resumed)):
+            steps(comm, *pair, 4, 6)
+        assert equal(dict(model.state_dict()), dict(again.state_dict())) and equal(optimizer.full_state(), resumed.full_state())
+        return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+
+    run = Run(dtype=torch.bfloat16, bucket_mb=1e-3)
+    expected = on_threads(world, body, run)
+    device("5:1")
+    for stage, update in ((0, "host"), (1, "auto"), (2, "stream"), (3, "host")):
+        more = (("gradients", gradients), ("update", update))
+        assert equal(on_threads(world, body, replace(run, stage=stage, offload="states", more=more)), expected), (stage, update)
 
 
 def test_same_bits_over_processes(device, monkeypatch):
     run = Run(stage=2, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=2e-3)
     expected = on_processes(2, _train_group, run)
     env = {"ZEROLITE_SIMULATE": "3:2", "ZEROLITE_DEBUG": "poison"}
-    for stage, offload in ((0, "states"), (2, "states"), (3, "all")):
-        found = on_processes(2, _train_group, replace(run, stage=stage, offload=offload), env=env)
-        assert equal(found, expected), (stage, offload)
+    for stage, offload, gradients in (
+        (0, "states", "host"),
+        (0, "states", "device"),
+        (2, "states", "device"),
+        (3, "all", "host"),
+    ):
+        more = (("gradients", gradients),)
+        found = on_processes(2, _train_group, replace(run, stage=stage, offload=offload, more=more), env=env)
+        assert equal(found, expected), (stage, offload, gradients)
 
 
 def _train_group(rank, run):
@@ -101,11 +154,12 @@ def _train_group(rank, run):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
-def test_other_optimizers_step_on_the_host(device, kind):
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_other_optimizers_step_on_the_host(device, kind, gradients):
     run = Run(stage=2, optimizer=kind, lr=1e-3, clip=0.5, bucket_mb=2e-3)
     expected = train(LocalComm(), 0, run)
     device()
-    assert equal(train(LocalComm(), 0, replace(run, offload="states")), expected)
+    assert equal(train(LocalComm(), 0, replace(run, offload="states", more=(("gradients", gradients),))), expected)
     with pytest.raises(ValueError, match="update='stream'"):
         make(replace(run, offload="states", more=(("update", "stream"),)), LocalComm())
 
@@ -259,6 +313,23 @@ def test_a_forward_waits_for_its_own_bucket_alone_and_what_reads_no_value_for_no
     assert not reader.is_alive() and all(type(layer.weight) is nn.Parameter for layer in model)
 
 
+def test_gradients_on_the_device_are_free_when_their_bucket_is_updated(device):
+    device("0")
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)]))
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    options = {"offload": "states", "gradients": "device", "update": "host"}
+    optimizer = zerolite.ZeroOptimizer(inner, model, bucket_mb=2**-10, **options)
+    model(torch.ones(1, 16)).sum().backward()
+    held = [weakref.ref(bucket.grads.average.value) for bucket in optimizer._trained]
+    opened = gate(optimizer, 2)
+    optimizer.step()
+    model[1](model[0](torch.ones(1, 16)))
+    assert [ref() is None for ref in held] == [True, True, False, False]
+    opened.set()
+    optimizer.state_dict()
+    assert not any(ref() for ref in held)
+
+
 # ---- failures
 
 
@@ -284,9 +355,10 @@ def test_a_failed_update_is_raised_at_the_next_call(device):
             optimizer.zero_grad()
 
 
-def test_an_infinite_gradient_on_one_rank_touches_no_state(device):
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_an_infinite_gradient_on_one_rank_touches_no_state(device, gradients):
     def body(comm):
-        model, optimizer = make(Run(stage=2, offload="states", bucket_mb=1e-3), comm)
+        model, optimizer = make(Run(stage=2, offload="states", bucket_mb=1e-3, more=(("gradients", gradients),)), comm)
         for step in range(2):
             loss_of(model, tokens_for(step, 0, comm.rank)).backward()
             if step == 1 and comm.rank == 1:
@@ -362,12 +434,21 @@ def test_a_dropped_optimizer_ends_its_threads(device):
         ({"resident": 1.5}, "resident: expected 'auto' or a part of the states from 0.0 to 1.0, got 1.5"),
         ({"resident": 0.5, "offload": None}, "resident=0.5: expected offload='states'"),
         ({"resident": 0.5, "offload": "all", "stage": 3}, "resident=0.5: expected offload='states'"),
+        ({"gradients": "gpu"}, "gradients: expected one of 'auto', 'host', 'device', got 'gpu'"),
+        (
+            {"gradients": "device", "offload": "all", "stage": 3},
+            "gradients='device': expected offload='states', got offload='all'",
+        ),
+        ({"gradients": "host", "offload": None}, "gradients='host': expected offload='states' or 'all', got offload=None"),
     ],
 )
 def test_options_that_do_not_exist_or_do_not_go_together(options, message):
     model = seeded(Net)
     with pytest.raises(ValueError, match=message):
         zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, **{"offload": "states", **options})
+    if "gradients" in options:
+        with pytest.raises(ValueError, match=message):
+            zerolite.plan(model, **{"stage": 2, "offload": "states", **options})
 
 
 def test_unknown_words_of_the_environment(monkeypatch):
@@ -387,10 +468,11 @@ def test_unknown_words_of_the_environment(monkeypatch):
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("moments", ["fp32", "int8"])
 @pytest.mark.parametrize("resident", [0.0, 0.4])
-def test_live_storages_equal_the_plan(device, stage, offload, world, moments, resident):
-    if resident and offload == "all":
-        resident = 0.0
-    more = (("resident", resident), ("update", "host"))
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_live_storages_equal_the_plan(device, monkeypatch, stage, offload, world, moments, resident, gradients):
+    if offload == "all":
+        resident, gradients = 0.0, "host"
+    more = (("resident", resident), ("update", "host"), ("gradients", gradients))
 
     def body(comm):
         run = Run(stage=stage, offload=offload, dtype=torch.bfloat16, bucket_mb=2e-3, moments=moments, more=more)
@@ -402,10 +484,13 @@ def test_live_storages_equal_the_plan(device, stage, offload, world, moments, re
             found.append(optimizer.memory())
             optimizer.step()
             optimizer.zero_grad()
-        return found, optimizer.plan, [bucket.kept for bucket in optimizer._trained]
+        feed = optimizer._built.staging.feed
+        slots = storage_bytes(feed.ring.held()) if feed is not None else 0
+        return found, optimizer.plan, [bucket.kept for bucket in optimizer._trained], slots
 
     device("0")
-    for found, plan, kept in on_threads(world, body):
+    monkeypatch.setattr(options, "FEED", 512)
+    for found, plan, kept, slots in on_threads(world, body):
         assert any(kept) == (resident > 0) and not all(kept)
         for memory in found:
             assert memory.live == plan.bytes_at_rest
@@ -413,9 +498,19 @@ def test_live_storages_equal_the_plan(device, stage, offload, world, moments, re
         assert by_name["moments"].home == "host" and (offload == "all" or by_name["host half"].home == "host")
         assert by_name["parameters"].home == ("host" if offload == "all" else "device")
         assert not resident or by_name["moments kept"].home == "device"
+        assert by_name["gradients"].home == plan.grads.home == gradients and plan.states.home == "host"
+        if gradients == "device":
+            longest = max(plan._range(row) for row in plan.trained if not row.kept)
+            assert by_name["slots of gradients"].rank == slots == 2 * 2 * min(longest, 512)
+            assert not {"rounds on their way", "later rounds"} & by_name.keys()
+        host = sum(term.rank for term in plan.terms if term.home == "host" and term.when == "always")
+        half = 0 if offload == "all" else by_name["host half"].rank
+        parts = ["parameters"] * (offload == "all") + ["master", "moments"] + ["gradients"] * (gradients == "host")
+        assert host == half + sum(by_name[part].rank for part in parts) + slots
 
 
-def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch):
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch, gradients):
     device("0")
     seen = []
     start = Simulated.__init__
@@ -425,7 +520,8 @@ def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch):
         seen.append(self)
 
     monkeypatch.setattr(Simulated, "__init__", watch)
-    model, optimizer = make(Run(offload="states", dtype=torch.bfloat16, more=(("update", "host"),)), LocalComm())
+    more = (("update", "host"), ("gradients", gradients))
+    model, optimizer = make(Run(offload="states", dtype=torch.bfloat16, more=more), LocalComm())
     elements = sum(bucket.layout.numel for bucket in optimizer._trained)
     for step in range(3):
         loss_of(model, tokens_for(step, 0, 0)).backward()
@@ -435,12 +531,47 @@ def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch):
     assert seen[0].copied == {"down": 3 * 2 * elements, "up": 3 * 2 * elements}
 
 
-def test_host_bytes_a_parameter_of_a_plan():
-    """Exact: half 2, remainder 2, moments 8, gradients 2; DeepSpeed: 18 to 20 (peers measured in docs/offload.md)."""
-    exact = zerolite.plan(10**9, stage=2, offload="states", device="cuda", param_dtype=torch.bfloat16)
-    small = zerolite.plan(10**9, stage=2, offload="states", device="cuda", param_dtype=torch.bfloat16, moments="int8")
-    assert exact.host_peak / exact.numel == pytest.approx(14.0, rel=1e-3)
-    assert small.host_peak / small.numel == pytest.approx(8.03, rel=1e-3)
+@pytest.mark.parametrize(
+    "gradients,update,moments,expected",
+    [
+        ("auto", "auto", "fp32", 14.0),  # nobody says how much memory the device has
+        ("host", "auto", "fp32", 14.0),
+        ("host", "auto", "int8", 8.03),
+        ("device", "auto", "fp32", 12.01),
+        ("device", "auto", "int8", 6.04),
+        ("device", "stream", "fp32", 12.0),
+    ],
+)
+def test_host_bytes_a_parameter_of_a_plan(gradients, update, moments, expected):
+    """Exact: half 2, remainder 2, moments 8, gradients 2 or slots; DeepSpeed: 18 to 20 (peers measured in docs/offload.md)."""
+    options = {"param_dtype": torch.bfloat16, "gradients": gradients, "update": update, "moments": moments}
+    plan = zerolite.plan(10**9, stage=2, offload="states", device="cuda", **options)
+    assert plan.host_peak / plan.numel == pytest.approx(expected, rel=1e-3)
+
+
+def test_gradients_rest_on_the_device_where_it_has_room_for_them(device):
+    parameters = sum(p.numel() for p in seeded(Net).parameters())
+    run = Run(stage=2, offload="states", dtype=torch.bfloat16, bucket_mb=1e-3, more=(("update", "host"),))
+    expected = on_threads(2, train_on, replace(run, offload=None))
+    homes = []
+    for size in (5 * parameters, 20 * parameters):  # parameters 2, gradients 2/N, and buckets in flight
+        device(f"0:0:{size}")
+        assert equal(on_threads(2, train_on, run), expected)
+        plans = on_threads(2, lambda comm: make(run, comm)[1].plan)
+        assert plans[0] == plans[1] and plans[0].used("device") <= size
+        homes.append(plans[0].grads.home)
+    assert homes == ["host", "device"]
+    small, large = (
+        zerolite.plan(10**9, stage=2, offload="states", param_dtype=torch.bfloat16, device_bytes=size) for size in ("5G", "8G")
+    )
+    assert (small.grads.home, large.grads.home) == ("host", "device") and "gradients='device'" in large.label
+    assert small.used("device") < large.used("device") and small.host_peak > large.host_peak
+    with pytest.raises(
+        ValueError, match=r"host memory: .* The nearest that fit: .*stage 2, offload='states', gradients='device'"
+    ):
+        zerolite.plan(
+            10**9, stage=2, offload="states", param_dtype=torch.bfloat16, device_bytes="8G", host_bytes="13G", gradients="host"
+        )
 
 
 def test_as_much_stays_on_the_device_as_its_memory_takes(device):
@@ -578,11 +709,13 @@ def test_writes_in_full_params_are_what_the_next_forward_and_the_master_have(dev
     assert equal(on_threads(world, body, offload), expected)
 
 
-def test_gradients_that_were_cleared_leave_nothing_behind(device):
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_gradients_that_were_cleared_leave_nothing_behind(device, gradients):
     """Sums of further rounds are added by a worker, perhaps after zero_grad()."""
 
     def body():
-        model, optimizer = make(Run(stage=2, offload="states", dtype=torch.bfloat16, bucket_mb=1e-3), LocalComm())
+        more = (("gradients", gradients),)
+        model, optimizer = make(Run(stage=2, offload="states", dtype=torch.bfloat16, bucket_mb=1e-3, more=more), LocalComm())
         for step in range(3):
             for micro in range(3):
                 loss_of(model, tokens_for(step, micro, 0)).backward()
@@ -618,7 +751,6 @@ def test_a_failure_while_parameters_are_published_wakes_everyone(device):
 
 def test_a_model_dropped_with_an_update_under_way_is_garbage(device):
     import gc
-    import weakref
 
     device("1:5")
     model, optimizer = make(Run(offload="states", bucket_mb=1e-3), LocalComm())
@@ -638,17 +770,19 @@ def test_plain_ranks_with_devices_use_the_group_whatever_connects_them():
     run = Run(stage=1, dtype=torch.bfloat16, micro=2, clip=0.5, bucket_mb=1e-3)
     expected = on_processes(2, _train_group, run, env={"ZEROLITE_SHARED": "0"})
     env = {"ZEROLITE_SIMULATE": "3:1", "ZEROLITE_CONNECT": "memory"}
-    for stage, more in ((1, ()), (2, (("resident", 0.5),))):
+    for stage, more in ((1, ()), (2, (("resident", 0.5),)), (2, (("gradients", "device"),))):
         offload = "states" if more else None
         found = on_processes(2, _train_pinned, replace(run, stage=stage, offload=offload, more=more), env=env)
         assert equal([result for result, _ in found], expected) and not any(connected for _, connected in found)
 
 
-def test_gradients_read_after_a_step_wait_for_it(device):
+@pytest.mark.parametrize("gradients", ["host", "device"])
+def test_gradients_read_after_a_step_wait_for_it(device, gradients):
     """zero_grad(set_to_none=False) and a read make a new average in memory that the update under way reads."""
 
     def body(overlap):
-        model, optimizer = make(Run(offload="states", bucket_mb=1e-3, more=(("overlap", overlap),)), LocalComm())
+        more = (("overlap", overlap), ("gradients", gradients))
+        model, optimizer = make(Run(offload="states", bucket_mb=1e-3, more=more), LocalComm())
         for step in range(3):
             loss_of(model, tokens_for(step, 0, 0)).backward()
             optimizer.step()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zerolite.buffer import Link, Mark, Reached, Ring, Room, zeros
 from zerolite.comm import Pending
+from zerolite.feed import Feed
 from zerolite.kernels import LIMBS, reduce_, reduce_squares_
 from zerolite.worker import Worker
 
@@ -139,6 +140,7 @@ class Staging:
         self.worker = worker
         self.leaving = Ring(link.near)  # averages on the device, until they are copied
         self.later = Ring(link.host)  # rounds after the first, until they are added
+        self.feed: Feed | None = None  # averages rest on the device until the update; None: on the host
 
 
 class Far(Prompt):

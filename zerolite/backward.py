@@ -75,3 +75,13 @@ def passing(buckets: Sequence[int], averages: Sequence[int]) -> int:
         found = max(found, beside + slices + after + new)
         beside += new - slices
     return found
+
+
+def top(values: Sequence[int]) -> int:
+    """The largest value, or 0."""
+    return max(values, default=0)
+
+
+def pair(values: Sequence[int]) -> int:
+    """The largest sum of two neighbours."""
+    return max((a + b for a, b in zip(values, [*values[1:], 0], strict=True)), default=0)

@@ -35,13 +35,14 @@ from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
 from zerolite.comm.pinned import PinnedComm, PinnedLane, Pool
 from zerolite.comm.shared import Home
-from zerolite.dtypes import bits_dtype, dense_strides, rest_dtype
+from zerolite.dtypes import dense_strides, rest_dtype
 from zerolite.entry import Entry
+from zerolite.feed import Feed
 from zerolite.gradient import Gradients
 from zerolite.kernels import join, split_
 from zerolite.layout import Layout, Piece
 from zerolite.meta import make_real
-from zerolite.placement import Plan, Widths
+from zerolite.placement import Plan
 from zerolite.update import Rule, State, Target
 from zerolite.writes import Pass, adopt
 
@@ -73,6 +74,7 @@ class Bucket:
     rest: Tensor  # 1D, like `mine`: int16 remainder (bf16), fp32 master (fp16), empty (fp32 or not trained)
     state: State | None  # None: not trained
     grads: Gradients | None
+    feed: Feed | None  # brings averages that rest on the device to states on the host; None: they rest together
     views: list[Tensor]  # parameter-shaped views of `full`
     blanks: list[Tensor]  # parameter-shaped NaN, shown while released
     blank_places: list[int]  # their addresses
@@ -106,7 +108,7 @@ class Bucket:
         self.stale = False
         self.pool = None
         self.state = None
-        self.grads = None
+        self.grads = self.feed = None
         self.settle = None
         self.link = link
         self.kept = kept
@@ -192,8 +194,10 @@ class Bucket:
         device, dtype = self.full.device, self.full.dtype
         average: Average = Near(self.layout.shard, device, self.spans)
         if staging is not None and self.apart:
-            kind = Joint if isinstance(lane, PinnedLane) else Far
-            average = kind(self.layout.shard, dtype, self.spans, staging)
+            self.feed = staging.feed
+            if self.feed is None:
+                kind = Joint if isinstance(lane, PinnedLane) else Far
+                average = kind(self.layout.shard, dtype, self.spans, staging)
         self.grads = Gradients(self.name, self.layout, self.comm, lane, self.views, dtype, suspect, average)
 
     @property
@@ -344,8 +348,11 @@ class Bucket:
         assert self.state is not None and self.grads is not None
         if self.home is not None and self.mine is not self.shard:
             self.mine = self.shard.copy_(self.mine)
+        if self.feed is not None:
+            self.grads.finish()  # N sources become one, on the device
         sources, mean = self.grads.sources() if self.plan.states.sharded else ([self.whole_gradient()], 1.0)
-        return Pass(self, self.state.prepare(targets), sources, mean, self.grads.average.coming)
+        coming = self.grads.average.coming if self.feed is None else self.link.now()
+        return Pass(self, self.state.prepare(targets), sources, mean, coming, self.feed)
 
     def update(self, targets: list[Target]) -> None:
         """`prepare`, done at once."""
@@ -391,6 +398,3 @@ class Bucket:
     def row(self) -> tuple[Layout, int, int, bool]:
         """Layout, bytes of a parameter element, bytes of remainder or master an element, and whether it is trained."""
         return self.layout, self.full.element_size(), self.rest.element_size() if self.rest.numel() else 0, self.trained
-
-
-__all__ = ["Bucket", "Entry", "Widths", "bits_dtype", "dense_strides", "rest_dtype"]

@@ -12,19 +12,21 @@ from typing import Any
 from torch import nn
 
 from zerolite.average import Staging
-from zerolite.bucket import Bucket, Entry, rest_dtype
+from zerolite.bucket import Bucket
 from zerolite.check import Checked, check, compare, describe
 from zerolite.comm import Comm
 from zerolite.comm.lane import LaneSpec
 from zerolite.comm.pinned import connect
 from zerolite.comm.shared import SharedComm, share_host
+from zerolite.entry import Entry
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import identity as host_identity
 from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
+from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
-from zerolite.placement import Keeper, Plan, Setting, Widths, with_rows
+from zerolite.placement import Plan, Setting, Widths, with_rows
 from zerolite.reducer import Reducer
 from zerolite.unit import Schedule, Unit
 from zerolite.update import Rule
@@ -92,6 +94,7 @@ class Built:
             device=link.kind,
             slots=isinstance(self.comm, SharedComm) and self.comm.pins,
             stream=self.checked.update != "host" and self.rule.threaded,
+            feed=feed_size(self.checked.update, self.rule.threaded),
             beside=beside(self.model, outside, covered, self.checked.dtype),
         )
         named = self.model.named_parameters() if self.model is not None and self.schedule is not None else ()
@@ -153,7 +156,7 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     joined = comm
     if not checked.link.separate:
         joined = share_host(comm, hosts)
-    elif checked.plan.states.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
+    elif checked.plan.grads.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
         joined = connect(comm, hosts, checked.link)
     return _make(checked, model, joined, here)
 
@@ -239,6 +242,8 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer, staging: S
     lanes = reducer.comm.lanes(specs, checked.device)
     for bucket, lane in zip(order, lanes, strict=True):
         bucket.train(checked.rule, lane, reducer.suspect, staging)
+    if staging is not None and staging.feed is not None:
+        staging.feed.reserve([(bucket.mine.numel(), bucket.mine.element_size()) for bucket in buckets if bucket.apart])
     reducer.add(buckets)
 
 
@@ -298,4 +303,4 @@ def late_buckets(built: Built, entries: list[Entry]) -> None:
             _listen(built, entry)
 
 
-__all__ = ["Built", "Checked", "build", "late_buckets", "rest_dtype"]
+__all__ = ["Built", "Checked", "build", "late_buckets"]

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerolite.bucket import Entry
 from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
-from zerolite.entry import Table
+from zerolite.entry import Entry, Table
 from zerolite.meta import Recipes
 from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
 from zerolite.placement import Plan, make_plan
@@ -41,7 +40,7 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_built"):
         raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
-    plan = make_plan(options["stage"], options["offload"], comm.size, options["resident"])
+    plan = make_plan(options["stage"], options["offload"], comm.size, options["resident"], options["gradients"])
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerolite.bucket import Bucket, Entry, bits_dtype
+from zerolite.bucket import Bucket
 from zerolite.comm import Comm
+from zerolite.dtypes import bits_dtype
+from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zerolite.cost import show_ms
+from zerolite.options import GRADIENTS
 from zerolite.placement import Plan, choices
 from zerolite.planner import DEFAULT_BUCKET_MB, Candidate, Limits, Question, explain, question_of
 from zerolite.rates import rates
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--device", choices=("cpu", "cuda"), help="cuda where --device-mem is given, else cpu")
     options.add_argument("--device-mem", metavar="SIZE", help="memory of each rank's device")
     options.add_argument("--host-mem", metavar="SIZE", help="memory of one host")
+    options.add_argument(
+        "--gradients", choices=GRADIENTS, default="auto", help="where they rest with offload (on the device where it has room)"
+    )
     options.add_argument("--dtype", choices=DTYPES, default="bf16", help="compute dtype of the parameters (bf16)")
     options.add_argument("--bucket-mb", type=float, default=DEFAULT_BUCKET_MB, metavar="MIB", help="size of a bucket (25)")
     options.add_argument("--micro-batches", type=int, default=1, metavar="K", help="backward passes before a step (1)")
@@ -95,6 +99,8 @@ def _plan(args: argparse.Namespace) -> int:
         param_dtype=DTYPES[args.dtype],
         bucket_mb=args.bucket_mb,
         micro_batches=args.micro_batches,
+        gradients=args.gradients,
+        device_bytes=limits.device,
         batch=None if args.batch is None else _tokens(args.batch),
     )
     found = rates()
@@ -140,11 +146,12 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
         f"{world} {'CPU' if on_cpu else 'GPU'} rank(s), {setting.here} a host; memory: {', '.join(limit) or 'no limit given'}",
         "",
     ]
-    columns = ["stage", "offload", "moments", *([] if on_cpu else ["device a rank"]), "host a rank", "a host", "step"]
+    columns = ["stage", "offload", *([] if on_cpu else ["gradients"]), "moments"]
+    columns += [*([] if on_cpu else ["device a rank"]), "host a rank", "a host", "step"]
     table = [[*columns, "fits"]]
     for candidate in shown:
         plan = candidate.plan
-        row = [str(plan.stage), plan.offload or "-", candidate.moments]
+        row = [str(plan.stage), plan.offload or "-", *([] if on_cpu else [plan.grads.home]), candidate.moments]
         row += [] if on_cpu else [size_text(plan.used("device"))]
         row += [size_text(plan.used("host")), size_text(plan.host_peak), show_ms(candidate.seconds)]
         short = ", ".join(f"{home} lacks {size_text(value)}" for home, value in candidate.missing.items())
@@ -174,11 +181,8 @@ def _details(best: Candidate) -> list[str]:
 
 
 def _line_to_add(best: Candidate, dtype: torch.dtype) -> str:
-    offload = f", offload={best.plan.offload!r}" if best.plan.offload else ""
-    moments = f", moments={best.moments!r}" if best.moments != "fp32" else ""
-    return (
-        f"optimizer = zerolite.ZeroOptimizer(optimizer, model, stage={best.plan.stage}{offload}{moments}, param_dtype={dtype})"
-    )
+    label = best.label.replace("stage ", "stage=", 1)  # the options as they are written
+    return f"optimizer = zerolite.ZeroOptimizer(optimizer, model, {label}, param_dtype={dtype})"
 
 
 def _json(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> dict[str, Any]:
@@ -200,6 +204,7 @@ def _plan_json(candidate: Candidate, recommended: bool) -> dict[str, Any]:
     return {
         "stage": plan.stage,
         "offload": plan.offload,
+        "gradients": plan.grads.home,
         "moments": candidate.moments,
         "fits": not candidate.missing,
         "missing": candidate.missing,

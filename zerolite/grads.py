@@ -10,8 +10,7 @@ from operator import attrgetter, is_, is_not
 import torch
 from torch import Tensor
 
-from zerolite.bucket import Entry
-from zerolite.entry import HELD, NONE, USED
+from zerolite.entry import HELD, NONE, USED, Entry
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
 from zerolite.reducer import Reducer, grads_of

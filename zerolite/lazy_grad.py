@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from zerolite.bucket import Entry
+from zerolite.entry import Entry
 
 _aten = torch.ops.aten
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from zerolite.bucket import Entry
+from zerolite.entry import Entry
 from zerolite.kernels import LIMBS, square_sum_
 from zerolite.kernels.reference import square_roots
 from zerolite.layout import Piece

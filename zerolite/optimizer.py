@@ -49,6 +49,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             when it is used; False: step() waits. The same bits. On a CPU there is nothing to overlap.
         update: where offloaded states are updated, "host", "stream" (on the GPU, in chunks), or "auto": both, by their speed.
         resident: part of the states, 0.0 to 1.0, that stays on the GPU with offload="states"; "auto": what its memory takes.
+        gradients: where they rest with offload="states" until the update: "host", "device" (2 bytes a parameter on the GPU
+            instead of the host), or "auto": on the GPU where the plan finds room for them, else on the host.
         process_group: a torch.distributed group; None: the default group, or a world of one.
 
     Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
@@ -71,6 +73,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         overlap: bool = True,
         update: str = "auto",
         resident: float | str = 0.0,
+        gradients: str = "auto",
         process_group: Any = None,
     ) -> None:
         self._built: Built | None = None
@@ -85,6 +88,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "overlap": overlap,
             "update": update,
             "resident": resident,
+            "gradients": gradients,
         }
         options, reasons = settle(optimizer, model, options, comm)
         built = build(optimizer, model, options, comm)

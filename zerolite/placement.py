@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from zerolite.backward import Most, Trip, most, passing
+from zerolite.backward import Most, Trip, most, pair, passing, top
 from zerolite.layout import ALIGN, Layout
+from zerolite.options import check_gradients
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
 STAGES = (0, 1, 2, 3)
@@ -66,6 +67,11 @@ class Plan:
         """Whether states rest in another memory than the one that the model computes in."""
         return self.setting.device != "cpu" and self.states.home == "host"
 
+    @property
+    def near(self) -> bool:
+        """Whether gradients rest on the device, though states rest apart from it."""
+        return self.apart and self.grads.home == "device"
+
     def _half(self) -> int:
         """Compute-dtype parameters on the host: an update needs them beside the states, and they are what travels back."""
         if not self.apart or self.params.home == "host":
@@ -108,7 +114,8 @@ class Plan:
             if rows:
                 found.append(self._term("master" + " kept" * kept, "always", home, master))
                 found.append(self._term("moments" + " kept" * kept, "always", home, self._rests("states", rows) - master))
-                found.append(self._term("gradients" + " kept" * kept, "always", home, self._rests("grads", rows)))
+                near = "device" if kept else self.grads.home
+                found.append(self._term("gradients" + " kept" * kept, "always", near, self._rests("grads", rows)))
         found += self._transient()
         if self.setting.activations is not None:
             found.append(self._term("activations", "backward", "device", self.setting.activations))
@@ -132,7 +139,7 @@ class Plan:
             yield from self._in_flight(buckets)
         else:
             # as autograd gave them, beside the packed copy that rests; all copies stay from step to step in shared memory
-            filling = _top(buckets) if self.setting.shared else _top(buckets[-1:])
+            filling = top(buckets) if self.setting.shared else top(buckets[-1:])
             yield self._term("buckets in flight", "backward", "device", max(filling, self._at_the_last_backward(buckets)))
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
         if self.params.sharded and not self._home:
@@ -144,18 +151,32 @@ class Plan:
         """What states on the host need on their way: rounds that leave the device, later ones that are added, chunks."""
         away = [row for row in self.trained if not row.kept]
         ranges = [row.layout.shard * row.widths.param for row in away]
+        yield from self._fed(away) if self.near else self._leaving(away, ranges)
+        if not self.states.sharded and not self.alone:  # each bucket's, until it is updated
+            widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in away]
+            whole = sum(row.layout.numel * width for row, width in zip(away, widths, strict=True))
+            yield self._term("whole gradients", "step", self.grads.home, whole)
+        if self.setting.stream and away:
+            widest = max(row.widths.param * (1 if self.near else 2) + row.widths.states for row in away)
+            longest = min(max(self._range(row) for row in away), CHUNK)
+            yield self._term("chunks of states", "step", "device", SLOTS * (longest * widest + longest // ALIGN * 2))
+
+    def _fed(self, away: Sequence[Row]) -> Iterator[Term]:
+        """Slots for gradients that rest on the device, on their way to an update on the host."""
+        wide = self.setting.micro_batches > 1
+        slots = [min(self._range(row), self.setting.feed) * (FP32 if wide else row.widths.param) for row in away]
+        yield self._term("slots of gradients", "always", "host", TURNS * top(slots))
+
+    def _leaving(self, away: Sequence[Row], ranges: list[int]) -> Iterator[Term]:
+        """Rounds that leave the device as they are averaged."""
         if self.setting.slots:  # packed buckets on the device, and fp32 slots for them
             ranges = [row.full for row in reversed(away)]
             wide = [row.layout.numel * FP32 for row in reversed(away)]
-            slots = sum(_top(wide[turn::TURNS]) for turn in range(TURNS))
+            slots = sum(top(wide[turn::TURNS]) for turn in range(TURNS))
             yield self._term("slots of rounds", "always", "host", slots)
-        yield self._term("rounds on their way", "always", "device", TURNS * _top(ranges))
+        yield self._term("rounds on their way", "always", "device", TURNS * top(ranges))
         if self.setting.micro_batches > 1:
-            yield self._term("later rounds", "always", "host", TURNS * _top(ranges))
-        if self.setting.stream and away:
-            widest = max(row.widths.param * 2 + row.widths.states for row in away)
-            longest = min(max(self._range(row) for row in away), CHUNK)
-            yield self._term("chunks of states", "step", "device", SLOTS * (longest * widest + longest // ALIGN * 2))
+            yield self._term("later rounds", "always", "host", TURNS * top(ranges))
 
     @property
     def _home(self) -> bool:
@@ -172,23 +193,23 @@ class Plan:
         total = 0
         for row in self.trained:
             if kept is None or row.kept == kept:
-                replaced = self.grads.sharded and (row.kept or not self.apart)
+                replaced = self.grads.sharded and (row.kept or self.near or not self.apart)
                 total += row.layout.shard * ((FP32 if wide else row.widths.param) - row.widths.param * replaced)
         return total
 
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
         if self.setting.shared and not self.alone:
-            arena = sum(_top(buckets[turn::TURNS]) for turn in range(TURNS))
+            arena = sum(top(buckets[turn::TURNS]) for turn in range(TURNS))
             yield self._term("shared arena", "always", "host", arena)
         if self.params.sharded:
             flight = self._backward().flight
         elif self.alone:
             # a further round is a tensor of its own; where its average grows to fp32 by it, that is counted already
             rounds = self.setting.micro_batches
-            flight = _top(buckets) * (2 if rounds > 2 or (rounds > 1 and not self._sums()) else 1)
+            flight = top(buckets) * (2 if rounds > 2 or (rounds > 1 and not self._sums()) else 1)
         else:  # the bucket that is being filled, or the round being averaged and the next one: what was packed, and the slices
-            flight = _top(buckets) + self._far(buckets) if self.setting.shared else 2 * _pair(buckets)
+            flight = top(buckets) + self._far(buckets) if self.setting.shared else 2 * pair(buckets)
         yield self._term("buckets in flight", "backward", "device", flight)
 
     def _backward(self) -> Most:
@@ -219,7 +240,7 @@ class Plan:
             return 0
         if not self.states.sharded:
             widths = [FP32 if self.setting.micro_batches > 1 else row.widths.param for row in self.trained]
-            whole = _top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
+            whole = top([row.layout.numel * width for row, width in zip(self.trained, widths, strict=True)])
             whole += whole // self.size
             if self.setting.clip and not self.setting.shared:  # every round has gone out: all averages, no packed copy
                 averages = sum(row.layout.shard * width for row, width in zip(self.trained, widths, strict=True))
@@ -247,7 +268,7 @@ class Plan:
 
     def _far(self, buckets: Sequence[int]) -> int:
         """Slices to and from ranks of other hosts: two buckets, sent and received."""
-        return 2 * _pair(buckets) * (self.size - self.setting.here) // self.size
+        return 2 * pair(buckets) * (self.size - self.setting.here) // self.size
 
     @property
     def alone(self) -> bool:
@@ -311,24 +332,11 @@ class Plan:
     @property
     def label(self) -> str:
         """Stage and offload in words."""
-        return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "")
+        near = ", gradients='device'" if self.offload and self.grads.home == "device" else ""
+        return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "") + near
 
 
-def _top(values: Sequence[int]) -> int:
-    return max(values, default=0)
-
-
-def _pair(values: Sequence[int]) -> int:
-    """The largest sum of two neighbours."""
-    return max((a + b for a, b in zip(values, [*values[1:], 0], strict=True)), default=0)
-
-
-__all__ = ["Placement", "Plan", "Row", "Setting", "Term", "Widths", "choices", "is_auto", "make_plan", "with_rows"]
-
-
-def is_auto(stage: object) -> bool:
-    """Whether the planner is to choose the stage."""
-    return stage == "auto"
+__all__ = ["Placement", "Plan", "Row", "Setting", "Term", "Widths", "choices", "make_plan", "with_rows"]
 
 
 def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | None]]:
@@ -343,20 +351,11 @@ def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | 
     return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
 
 
-class Keeper:
-    """Which buckets keep their states on the device: the first in forward order, as far as their part goes."""
+def make_plan(stage: object, offload: object, size: int, resident: object = 0.0, gradients: object = "auto") -> Plan:
+    """The placements of a ZeRO stage. Raises ValueError for options that do not exist or do not go together.
 
-    def __init__(self, resident: float, elements: int) -> None:
-        self.left = resident * elements
-
-    def take(self, layout: Layout) -> bool:
-        """Whether the next trained bucket is kept."""
-        self.left -= layout.used
-        return self.left >= 0
-
-
-def make_plan(stage: object, offload: object, size: int, resident: object = 0.0) -> Plan:
-    """The placements of a ZeRO stage. Raises ValueError for an unknown stage or offload."""
+    gradients "auto" means "host" here: whether there is room on the device is for the planner to say.
+    """
     if stage not in STAGES or isinstance(stage, bool):
         raise ValueError(f"stage: expected 0, 1, 2 or 3, got {stage!r}. Or stage='auto', the fastest that fits.")
     if offload not in OFFLOADS:
@@ -373,6 +372,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
         raise ValueError(
             f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."
         )
+    check_gradients(gradients, offload)
     host = "host" if offload else "device"
     # offloaded gradients leave the device as they are averaged, at every stage, so they rest sharded
     return Plan(
@@ -380,7 +380,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0)
         offload=offload if offload is None else str(offload),
         size=size,
         params=Placement(number >= 3, "host" if offload == "all" else "device"),
-        grads=Placement(number >= 2 or host == "host", host),
+        grads=Placement(number >= 2 or host == "host", "device" if gradients == "device" else host),
         states=Placement(number >= 1, host),
         resident=float(resident),
     )

@@ -7,18 +7,19 @@ bytes at rest are the live ones. The cost of a step is modelled from measured ra
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from zerolite.bucket import rest_dtype
 from zerolite.cost import seconds, show_ms
+from zerolite.dtypes import rest_dtype
 from zerolite.moments import MOMENTS
+from zerolite.options import Keeper, check_gradients, feed_size, is_auto
 from zerolite.partition import DTYPES, UnitSpec, beside, check_model, cut_buckets, find_units, names_of
-from zerolite.placement import Keeper, Plan, Row, Setting, Widths, choices, is_auto, make_plan, with_rows
+from zerolite.placement import Plan, Row, Setting, Widths, choices, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
 from zerolite.update import make_rule
@@ -70,11 +71,11 @@ class Question:
         setting: Setting,
         device: int | None = None,
     ) -> None:
-        self.device = device  # bytes of a rank's device, for resident="auto"
+        self.device = device  # bytes of a rank's device, for resident="auto" and gradients="auto"
         self.model = model
         self.params = params
         self.optimizer = optimizer
-        self.options = options
+        self.options = {"resident": 0.0, "gradients": "auto", **options}
         self.world = world
         self.setting = setting
         self._cuts: dict[tuple[bool, int], list[tuple[int, Any]]] = {}
@@ -96,10 +97,10 @@ class Question:
 
     def plan(self, stage: object, offload: object, moments: str, world: int | None = None) -> Plan:
         """One plan. Raises ValueError for a stage, offload or moments that do not exist or do not go together."""
-        resident = self.options.get("resident", 0.0) if offload == "states" else 0.0
-        if resident == "auto":
+        resident, near = (self.options[name] for name in ("resident", "gradients")) if offload == "states" else (0.0, "auto")
+        if resident == "auto" or (near == "auto" and offload == "states"):
             return self._fullest(stage, offload, moments, world)
-        plan = make_plan(stage, offload, self.world if world is None else world, resident)
+        plan = make_plan(stage, offload, self.world if world is None else world, resident, near)
         keeper = Keeper(plan.resident, sum(p.numel() for _, p in self.params if p.requires_grad))
         if plan.params.sharded and self.model is None:
             raise ValueError(
@@ -109,9 +110,11 @@ class Question:
             raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
         rule: Any = MOMENTS[moments]
         width, group = rule.width, rule.group_width
+        setting = self.setting
         if self.optimizer is not None:
             rule = make_rule(self.optimizer, moments)
             width, group = rule.width, rule.group_width
+            setting = replace(setting, feed=setting.feed if rule.threaded else feed_size("host", False))
         rows = []
         for unit, spec in self._cut(plan.params.sharded, plan.size):
             rest = rest_dtype(spec.dtype).itemsize if spec.trained and spec.dtype != torch.float32 else 0
@@ -121,17 +124,24 @@ class Question:
         covered = {p for p in params if p.requires_grad or plan.params.sharded}
         outside = beside(self.model, params, covered, self.options["param_dtype"])
         names = [name for name, _ in self.model.named_parameters()] if plan.params.sharded and self.model is not None else []
-        return with_rows(plan, rows, replace(self.setting, beside=outside), names)
+        return with_rows(plan, rows, replace(setting, beside=outside), names)
 
     def _fullest(self, stage: object, offload: object, moments: str, world: int | None) -> Plan:
-        """The largest part of the states, in 16ths, that the device has room for. Where activations were not measured, half of
-        what the plan leaves is left to them."""
-        bare = replace_options(self, resident=0.0).plan(stage, offload, moments, world)
+        """What is left to the plan and the device has room for: gradients first, then the largest part of the states, in 16ths.
+        Where activations were not measured, half of what the plan leaves is left to them."""
+        part, near = self.options["resident"], self.options["gradients"]
+
+        def at(part: float, near: str) -> Plan:
+            return replace_options(self, resident=part, gradients=near).plan(stage, offload, moments, world)
+
+        best = bare = at(0.0 if part == "auto" else part, "host" if near == "auto" else near)
         room = self.device - bare.used("device") if self.device is not None and self.setting.device != "cpu" else 0
         room = room if self.setting.activations is not None else room // 2
-        best = bare
-        for part in range(1, 17) if room > 0 else ():
-            other = replace_options(self, resident=part / 16).plan(stage, offload, moments, world)
+        if near == "auto" and room > 0:
+            other = at(bare.resident, "device")
+            best = other if other.used("device") - bare.used("device") <= room else bare
+        for step in range(1, 17) if part == "auto" and room > 0 else ():
+            other = at(step / 16, best.grads.home)
             if other.used("device") - bare.used("device") > room:
                 break
             best = other
@@ -144,6 +154,12 @@ class Question:
         plans = [(self.plan(stage, offload, kind, world), kind) for kind in kinds for stage, offload in ways]
         rated = [Candidate(plan, kind, seconds(plan, kind, found), limits.missing(plan)) for plan, kind in plans]
         return sorted(rated, key=lambda candidate: candidate.seconds)
+
+    def alternatives(self, ways: list[tuple[int, str | None]], limits: Limits, found: Rates, world: int) -> Iterator[Candidate]:
+        """Candidates of every storage of moments and, where that is a choice, with gradients on either side."""
+        sides = {"host": ways, "device": [way for way in ways if way[1] == "states"]}
+        for gradients, some in sides.items():
+            yield from replace_options(self, gradients=gradients).candidates(some, self.kinds, limits, found, world)
 
     @property
     def kinds(self) -> list[str]:
@@ -171,6 +187,8 @@ def choose(
     stage "auto", offload "auto" and moments "auto" leave each to the planner.
     """
     free = is_auto(stage), offload == "auto", moments == "auto"
+    if not free[1]:
+        check_gradients(question.options["gradients"], offload)
     if not any(free):
         plan = question.plan(stage, offload, moments)
         missing = limits.missing(plan)
@@ -233,7 +251,7 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
     ways = choices(True, question.setting.device, question.model is None)
     for doubling in range(9):  # more ranks only where these do not do
         world = question.world << doubling
-        for other in question.candidates(ways, question.kinds, limits, found, world):
+        for other in question.alternatives(ways, limits, found, world):
             changed = (other.plan.label != plan.label) + (other.moments != asked.moments) + doubling
             if not other.missing:
                 more = f" with {world} ranks" if doubling else ""
@@ -262,6 +280,7 @@ def question_of(
     micro_batches: int = 1,
     clip: bool = True,
     resident: float | str = 0.0,
+    gradients: str = "auto",
     update: str = "auto",
     device_bytes: int | None = None,
 ) -> tuple[Question, str]:
@@ -286,8 +305,9 @@ def question_of(
         params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
     shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
     saved = None if batch is None else activations(model, batch, param_dtype)
-    setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved)
-    options = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype, "resident": resident}
+    setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved, feed=feed_size(update, threaded=True))
+    options: dict[str, Any] = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
+    options |= {"resident": resident, "gradients": gradients}
     return Question(model, params, optimizer, options, world, setting, device_bytes), what
 
 
@@ -315,7 +335,7 @@ def plan(
         host_bytes: limit of one host's memory for all its ranks.
         options: world=1, ranks_per_host=None (all on one host), param_dtype=None, units=None, bucket_mb=25.0,
             optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True, resident=0.0,
-            update="auto".
+            gradients="auto" (with offload="states" on the device where device_bytes leaves room), update="auto".
 
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """

@@ -59,6 +59,7 @@ class Setting:
     activations: int | None = None  # bytes that autograd saves for one backward, as measured
     beside: int = 0  # bytes of frozen parameters without a bucket, and of the model's buffers
     slots: bool = False  # rounds of several devices pass through shared pinned memory (comm/pinned.py)
+    feed: int = 0  # most elements of a gradient at once on its way from the device to an update on the host (options.feed_size)
 
 
 class Term(NamedTuple):

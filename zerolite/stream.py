@@ -37,11 +37,14 @@ class Stream:
             self.fresh = True
         return slot[name][:size].view(like.dtype)
 
-    def run(self, work: AdamWork, param: Tensor, rest: Tensor, gradient: Tensor, own: Tensor | None, after: Mark) -> None:
-        """Updates host tensors `param`, `rest` and the moments of `work` from the host's `gradient`; returns when they are new.
+    def run(
+        self, work: AdamWork, param: Tensor, rest: Tensor, gradient: Tensor, own: Tensor | None, after: Mark, near: bool = False
+    ) -> None:
+        """Updates host tensors `param`, `rest` and the moments of `work` from `gradient`; returns when they are new.
 
         own    the same range of the device's parameters, written too; None: they rest on the host
         after  until then the device uses the old values of `own`
+        near   `gradient` is on the device and is read there; else it comes up too
         """
         numel = param.numel()
         marks: list[Mark] = []
@@ -53,8 +56,9 @@ class Stream:
             away = work.cut(start, stop)
             if away is None:
                 continue
-            host = {"param": param[start:stop], "gradient": gradient[start:stop], **away.moments.named()}
+            host = {"param": param[start:stop], **away.moments.named()}
             host |= {"rest": rest[start:stop]} if rest.numel() else {}
+            host |= {} if near else {"gradient": gradient[start:stop]}
             busy = self.left[turn]
             slot = {name: self._slot(turn, name, tensor.reshape(-1)).view(tensor.shape) for name, tensor in host.items()}
             if self.fresh:
@@ -63,7 +67,8 @@ class Stream:
             for mark in came:
                 mark.wait()
             there = away.at(slot)
-            there(slot["param"], slot.get("rest", rest.new_empty(0, device=self.device)), [slot["gradient"]], 1.0)
+            source = gradient[start:stop] if near else slot["gradient"]
+            there(slot["param"], slot.get("rest", rest.new_empty(0, device=self.device)), [source], 1.0)
             if own is not None:
                 own[start:stop].copy_(slot["param"])
             left = [self.link.down(host[name], slot[name]) for name in host if name != "gradient"]

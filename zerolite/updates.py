@@ -17,20 +17,25 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from zerolite.average import Staging
-from zerolite.bucket import Bucket, Entry, Pass
+from zerolite.bucket import Bucket
 from zerolite.buffer import Link, Mark
 from zerolite.comm import Comm
 from zerolite.comm.pinned import PinnedComm
+from zerolite.entry import Entry
+from zerolite.feed import Feed
+from zerolite.options import feed_size
 from zerolite.pending import mark, unmark
 from zerolite.placement import Plan
 from zerolite.stream import Stream
 from zerolite.update import Rule, Target
 from zerolite.worker import Failure, Job, Worker
+from zerolite.writes import Pass
 
 log = logging.getLogger("zerolite")
 
@@ -110,12 +115,15 @@ class Way:
         self.end = 0.0  # when the task under way is expected to be done; 0: there is none
         self.done = 0  # elements updated so far
 
+        self.following: Callable[[], Pass | None] = lambda: None  # what will be updated next, here or by another way
+
     def run(self, task: Task) -> None:
         raise NotImplementedError
 
     def timed(self, task: Task) -> None:
         start = time.perf_counter()
         self.run(task)
+        task.work.sources = []  # on the device, room for the forward
         rate = (time.perf_counter() - start) / max(task.numel, 1)
         self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
         self.done += task.numel
@@ -125,7 +133,11 @@ class OnHost(Way):
     """The fused pass over host memory."""
 
     def run(self, task: Task) -> None:
-        task.work()
+        feed = task.work.feed
+        if feed is None:
+            task.work()
+        else:
+            feed.run(task.work, self.following)
 
 
 class Streamed(Way):
@@ -138,8 +150,9 @@ class Streamed(Way):
     def run(self, task: Task) -> None:
         bucket, work = task.bucket, task.work
         own = bucket.own if bucket.own is not bucket.mine else None
-        work.coming.sync()
-        self.stream.run(work.work, bucket.mine, bucket.rest, work.sources[0], own, task.after)  # type: ignore[arg-type]
+        near = work.feed is not None
+        work.coming.wait() if near else work.coming.sync()
+        self.stream.run(work.work, bucket.mine, bucket.rest, work.sources[0], own, task.after, near)  # type: ignore[arg-type]
         task.up = False
 
 
@@ -165,6 +178,8 @@ class Apart:
         self._ready: set[Task] = set()
         self._publishing = False
         self._graphs = 0
+        for way in ways:
+            way.following = self._following
 
     # ---- the training thread
 
@@ -261,6 +276,10 @@ class Apart:
             way.end = now + max((way.rate or 0.0) * task.numel, 1e-9)
             return task
 
+    def _following(self) -> Pass | None:
+        with self._lock:
+            return self._waiting[0].work if self._waiting else None
+
     def _publish(self, task: Task) -> None:
         """Publishes what is updated, in the order in which it was given, which is the same on every rank."""
         with self._lock:
@@ -311,6 +330,8 @@ def make_updates(
     if isinstance(comm, PinnedComm):
         comm.check = failure.check
     staging = Staging(link, Worker("zerolite gradients", failure))
+    if plan.grads.home == "device":
+        staging.feed = Feed(link, feed_size(update, rule.threaded))
     if not rule.threaded:
         return AtOnce(), staging
     ways: list[Way] = []

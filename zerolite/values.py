@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zerolite.bucket import Bucket, Entry, dense_strides, rest_dtype
+from zerolite.bucket import Bucket
 from zerolite.comm import Comm
+from zerolite.dtypes import dense_strides, rest_dtype
+from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
 from zerolite.meta import Recipes, groups, lost_buffer, make_real, wants_values

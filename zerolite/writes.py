@@ -1,4 +1,4 @@
-"""What writes a bucket's master: an update, and a script that wrote to the parameters."""
+"""What writes a bucket's master: an update, and a script that wrote to the parameters or replaced them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from zerolite.buffer import Mark
 from zerolite.dtypes import bits_dtype
+from zerolite.entry import Entry
 from zerolite.update import Work
 
 if TYPE_CHECKING:
     from zerolite.bucket import Bucket
-    from zerolite.entry import Entry
+    from zerolite.feed import Feed
 
 _dtype = attrgetter("dtype")
 
@@ -30,8 +31,12 @@ class Pass:
     sources: list[Tensor]
     mean: float
     coming: Mark  # the sources are there
+    feed: Feed | None = None  # the one source is on the device, and comes down through it; None: sources are beside the states
 
     def __call__(self) -> None:
+        if self.feed is not None:
+            self.feed.run(self)
+            return
         self.coming.sync()
         self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
 

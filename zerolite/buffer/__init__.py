@@ -3,9 +3,9 @@
 Nothing above this package knows streams, events or pinned pages.
 """
 
-from zerolite.buffer.devices import device_memory, link_for
+from zerolite.buffer.devices import device_memory, link_for, linked
 from zerolite.buffer.link import Link, Mark, Reached
 from zerolite.buffer.ring import Ring
 from zerolite.buffer.room import Room, zeros
 
-__all__ = ["Link", "Mark", "Reached", "Ring", "Room", "device_memory", "link_for", "zeros"]
+__all__ = ["Link", "Mark", "Reached", "Ring", "Room", "device_memory", "link_for", "linked", "zeros"]

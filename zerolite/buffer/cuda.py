@@ -92,8 +92,7 @@ class Cuda:
             weakref.finalize(memory.untyped_storage(), _unpin, torch.cuda.cudart(), address)
 
     def linked(self, ranks: int) -> bool:
-        count = min(torch.cuda.device_count(), ranks)
-        return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
+        return reach(ranks)
 
     def _pin(self, region: Mapping) -> None:
         address = region.address
@@ -124,6 +123,12 @@ class Cuda:
                 reason,
             )
         return code == 0
+
+
+def reach(ranks: int) -> bool:
+    """Link.linked of GPUs."""
+    count = min(torch.cuda.device_count(), ranks)
+    return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
 
 
 def _unpin(runtime: Any, address: int) -> None:

@@ -23,6 +23,15 @@ def link_for(device: torch.device) -> Link:
     return Same()
 
 
+def linked(device: torch.device, ranks: int) -> bool:
+    """Link.linked of a device, without a link."""
+    if device.type != "cuda":
+        return True
+    from zerolite.buffer.cuda import reach
+
+    return reach(ranks)
+
+
 def device_memory(device: torch.device) -> tuple[str, tuple[int, int] | None]:
     """Which link a device has (Link.kind), and its bytes of memory, free and in all; None where that is the host's."""
     if device.type == "cuda":

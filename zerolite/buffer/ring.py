@@ -19,6 +19,13 @@ class Ring:
         self.used: list[Mark] = [Reached()] * TURNS  # when what a slot was lent for is over
         self.turn = 0
 
+    def reserve(self, size: int) -> None:
+        """Takes memory for slots of `size` bytes, before the first is lent."""
+        for turn, slot in enumerate(self.slots):
+            if size and (slot is None or slot.numel() < size):
+                self.used[turn].sync()
+                self.slots[turn] = self.room.zeros(size, torch.uint8)
+
     def lend(self, numel: int, dtype: torch.dtype) -> tuple[int, Tensor]:
         """The next slot and its number; `used` of it is for the caller to wait for, and to set."""
         self.turn = (self.turn + 1) % TURNS

@@ -97,6 +97,18 @@ class PinnedComm(SharedComm):
         return None
 
 
+def _together(comm: Comm, hosts: Sequence[tuple[str, int]]) -> bool:
+    """Whether ranks are processes of one host."""
+    alone = len(hosts) < 2 or len({host for host, _ in hosts}) > 1
+    return isinstance(comm, GroupComm) and not alone and len(set(hosts)) == len(hosts)
+
+
+def by_memory(comm: Comm, hosts: Sequence[tuple[str, int]], linked: bool) -> bool:
+    """Whether `connect` would have ranks share memory, where all say (linked) whether their devices reach each other."""
+    wish = os.environ.get("ZEROLITE_CONNECT", "auto")
+    return _together(comm, hosts) and (wish == "memory" or (wish == "auto" and not linked))
+
+
 def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
     """Shared pinned memory where all ranks are processes of one host whose devices no fast link connects (a collective).
 
@@ -105,15 +117,14 @@ def connect(comm: Comm, hosts: list[tuple[str, int]], link: Link) -> Comm:
     wish = os.environ.get("ZEROLITE_CONNECT", "auto")
     if wish not in ("auto", "memory", "group"):
         raise ValueError(f"ZEROLITE_CONNECT: expected 'auto', 'memory' or 'group', got {wish!r}")
-    names = {host for host, _ in hosts}
-    together = len(hosts) > 1 and len(names) < 2 and len(set(hosts)) == len(hosts)  # processes of one host
-    if not isinstance(comm, GroupComm) or not together or wish == "group":
+    if not _together(comm, hosts) or wish == "group":
         return comm
     linked = comm.share((wish, link.linked(comm.size)), "set-up devices")
     if any(other != wish for other, _ in linked):
         raise ValueError(f"ZEROLITE_CONNECT: expected the same on every rank, got {[other for other, _ in linked]}")
     if wish == "auto" and all(fast for _, fast in linked):
         return comm
+    assert isinstance(comm, GroupComm)
 
     def make() -> Comm:
         made = PinnedComm(comm, [host for host, _ in hosts], link)

@@ -1,0 +1,49 @@
+"""What may be asked of offload: what of it stays on the device, and how gradients that rest there reach the host."""
+
+from __future__ import annotations
+
+from zerolite.layout import Layout
+
+GRADIENTS = ("auto", "host", "device")  # where gradients rest with offload
+FEED = 2 << 20  # elements of a chunk of gradients on its way to the host (feed.py): shorter, as there is more work for each
+
+
+def check_gradients(gradients: object, offload: object) -> None:
+    """Raises ValueError where gradients cannot rest as asked for."""
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients: expected one of {', '.join(map(repr, GRADIENTS))}, got {gradients!r}")
+    if gradients == "device" and offload == "all":
+        raise ValueError(
+            "gradients='device': expected offload='states', got offload='all', with which nothing rests on the device. Use "
+            "offload='states', or gradients='host'."
+        )
+    if gradients == "host" and not offload:
+        raise ValueError(
+            "gradients='host': expected offload='states' or 'all', got offload=None, with which gradients rest where they are "
+            "computed. Use offload='states', or gradients='auto'."
+        )
+
+
+class Keeper:
+    """Which buckets keep their states on the device: the first in forward order, as far as their part goes."""
+
+    def __init__(self, resident: float, elements: int) -> None:
+        self.left = resident * elements
+
+    def take(self, layout: Layout) -> bool:
+        """Whether the next trained bucket is kept."""
+        self.left -= layout.used
+        return self.left >= 0
+
+
+def feed_size(update: object, threaded: bool) -> int:
+    """Most elements of a gradient that are on their way to an update on the host (Setting.feed).
+
+    threaded  the update can be cut into chunks and runs beside the training loop
+    """
+    return 0 if update == "stream" else FEED if threaded else 1 << 62
+
+
+def is_auto(value: object) -> bool:
+    """Whether the planner is to choose."""
+    return value == "auto"
