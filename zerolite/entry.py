@@ -29,10 +29,12 @@ class Table:
         self.steps: list[int] = []  # updates applied
         self.groups: list[dict[str, Any] | None] = []  # the users' param groups
         self.trained = 0  # handles
+        self.numbers: dict[int, int] = {}  # id(param) -> position
 
     def add(self, name: str, param: nn.Parameter, group: dict[str, Any] | None) -> Entry:
         """One more parameter."""
         entry = Entry(name, param, self)
+        self.numbers[id(param)] = len(self.params)
         self.params.append(param)
         self.handles.append(None)
         self.state.append(NONE)

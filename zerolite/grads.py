@@ -17,6 +17,7 @@ from zerolite.reducer import Reducer, grads_of
 
 _strided = torch.strided
 _grad = attrgetter("grad")
+_place = attrgetter("device", "dtype")
 _UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
 
 
@@ -46,6 +47,7 @@ class Grads:
         reducer.at_start.append(self.fold)
         reducer.at_end.append(self.complete)
         self._norms: tuple[tuple[int, int], dict[float, list[float]]] = ((-1, 0), {})
+        self._ready: dict[float, dict[int, Tensor]] = {}  # norms as tensors, by position, until they are asked for
         self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
 
@@ -140,18 +142,46 @@ class Grads:
 
     # ---- what handles ask (lazy_grad.Source)
 
-    def norm(self, entry: Entry, order: float) -> float:
-        """Norm of the averaged gradient, without factors; all parameters' norms are computed at once."""
-        return self.norms(order)[entry.index]
+    def norm_tensor(self, entry: Entry, order: float) -> Tensor:
+        """The norm of one parameter's gradient, with factors, in fp32 on its device; made for all at once."""
+        value = self.norms(order)[entry.index]
+        if order not in self._ready:
+            values = torch.tensor(self.norms(order), dtype=torch.float32, device=entry.param.device)
+            self._ready[order] = dict(enumerate(values.unbind()))
+        if entry.factor == 1.0 or order == 0.0:
+            found = self._ready[order].pop(entry.index, None)  # once: it is the caller's to write to
+            if found is not None and found.device == entry.param.device:
+                return found
+        else:
+            value *= abs(entry.factor)
+        return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+
+    def clip(self, params: list[Tensor], max_norm: float, order: float) -> Tensor | None:
+        """torch.nn.utils.clip_grad_norm_ with the same bits, without a call for each parameter; None: for torch to do."""
+        table = self.table
+        known = list(map(table.numbers.get, map(id, params)))
+        if self.reducer.active or None in known or USED in table.state or not self._untouched():
+            return None
+        rows = [row for row in known if row is not None and table.handles[row] is not None]
+        if not rows or len(set(map(_place, map(table.params.__getitem__, rows)))) != 1:
+            return None  # torch sums norms by device and dtype
+        norms = self.norms(order)
+        values = [norms[row] * abs(table.factors[row]) for row in rows] if order != 0.0 else [norms[row] for row in rows]
+        total = torch.linalg.vector_norm(torch.tensor(values, dtype=torch.float32, device=table.params[rows[0]].device), order)
+        by = float(torch.clamp(float(max_norm) / (total + 1e-6), max=1.0))
+        for row in rows:
+            table.factors[row] *= by
+        return total
 
     def norms(self, order: float) -> list[float]:
-        """`norm` of every parameter."""
+        """Norm of each averaged gradient, without factors; all parameters' norms are computed at once."""
         moment, known = self._norms
         if moment != self.reducer.moment:
-            known = {}
+            known, self._ready = {}, {}
         if order not in known:
             known[order] = gradient_norms(self.reducer, self.entries, order)
             self._norms = (self.reducer.moment, known)
+            self._ready.pop(order, None)
         return known[order]
 
     def finite(self) -> bool:

@@ -26,6 +26,8 @@ from torch.utils import _pytree as pytree
 from zerolite.entry import Entry
 
 _aten = torch.ops.aten
+_MUL = _aten.mul_.Tensor
+_pass = torch._C._disabled_torch_function_impl
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
 
 
@@ -33,7 +35,7 @@ class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
 
     def arrive(self, entry: Entry, grad: Tensor) -> None: ...
-    def norm(self, entry: Entry, order: float) -> float: ...
+    def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
     def finite(self) -> bool: ...
     def read(self, entry: Entry) -> Tensor: ...
     def zero(self, entry: Entry) -> None: ...
@@ -89,6 +91,16 @@ class LazyGrad(Tensor):
         return self.source.read(self.entry)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch's clip_grad_norm_ calls for each p.grad, before torch's dispatcher; the rest as without this."""
+        if not kwargs and len(args) == 2 and type(args[0]) is cls:
+            if func is torch.linalg.vector_norm:
+                return _norm_tensor(args[0], float(args[1]))
+            if func is Tensor.mul_ and _scale(_MUL, args, {}) is not NotImplemented:
+                return args[0]
+        return _pass(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         special = _SPECIAL.get(func.overloadpacket)
@@ -112,12 +124,8 @@ def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
-    entry = handle.entry
     _check(handle)
-    value = handle.source.norm(entry, order)
-    if order != 0.0:
-        value *= abs(entry.factor)
-    return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+    return handle.source.norm_tensor(handle.entry, order)
 
 
 def _scale(func: Any, args: Any, kwargs: Any) -> Any:

@@ -187,7 +187,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales gradients so that their total norm is at most `max_norm`; returns the norm (fp32, a collective)."""
         params = [p for group in self.param_groups for p in group["params"]]
-        return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        total = self._parts.grads.clip(params, max_norm, float(norm_type))
+        return nn.utils.clip_grad_norm_(params, max_norm, norm_type) if total is None else total
 
     @contextmanager
     def no_sync(self) -> Any:

@@ -71,7 +71,7 @@ class Reducer:
     @property
     def moment(self) -> tuple[int, int]:
         """Changes with any gradient, for caches."""
-        return self.version, sum(grads_of(bucket).came for bucket in self.order)
+        return self.version, sum(grads_of(bucket).came for bucket in self.order) if self.active else -1
 
     # ---- backward
 
