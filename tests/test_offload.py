@@ -561,6 +561,8 @@ def test_gradients_rest_on_the_device_where_it_has_room_for_them(device):
         assert plans[0] == plans[1] and plans[0].used("device") <= size
         homes.append(plans[0].grads.home)
     assert homes == ["host", "device"]
+    chosen = make(replace(run, stage="auto"), LocalComm())[1].plan
+    assert chosen.grads.home == "device" and "gradients='device', the fastest" in chosen.notes[0]
     small, large = (
         zerolite.plan(10**9, stage=2, offload="states", param_dtype=torch.bfloat16, device_bytes=size) for size in ("5G", "8G")
     )
@@ -644,7 +646,8 @@ def test_a_compiled_model_waits_in_step_and_gives_the_same_bits(device, caplog):
 def test_same_bits_through_shared_pinned_memory(world, stage, offload, micro):
     run = Run(stage=stage, dtype=torch.bfloat16, micro=micro, clip=0.5, bucket_mb=2e-3, no_sync=micro == 3)
     expected = on_processes(world, _train_group, run, env={"ZEROLITE_SHARED": "0"})
-    env = {"ZEROLITE_SIMULATE": "3:2", "ZEROLITE_DEBUG": "poison", "ZEROLITE_CONNECT": "memory"}
+    # gradients="auto" takes the host here, however much memory the devices have
+    env = {"ZEROLITE_SIMULATE": "3:2:1000000000", "ZEROLITE_DEBUG": "poison", "ZEROLITE_CONNECT": "memory"}
     found = on_processes(world, _train_pinned, replace(run, offload=offload), env=env)
     assert equal([result for result, _ in found], expected)
     assert all(connected for _, connected in found)

@@ -194,6 +194,11 @@ def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
     assert cli.main(["plan", "gpt2-xl", "--world", "8", "--device-mem", "8G", "--host-mem", "512G", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["plans"]) == 27 and [p["recommended"] for p in found["plans"]].count(True) == 1
+    assert {p["gradients"] for p in found["plans"] if p["offload"] == "states" and p["stage"]} == {"device"}
+    options = ["plan", "gpt2-xl", "--world", "8", "--device-mem", "8G", "--host-mem", "512G", "--gradients", "host", "--json"]
+    assert cli.main(options) == 0
+    host = json.loads(capsys.readouterr().out)["plans"]
+    assert {p["gradients"] for p in host if p["offload"]} == {"host"}
     best = next(p for p in found["plans"] if p["recommended"])
     plan = zerolite.plan("gpt2-xl", world=8, stage=best["stage"], device="cuda", param_dtype=torch.bfloat16)
     assert best["bytes_peak"] == plan.bytes_peak and best["bytes_at_rest"] == plan.bytes_at_rest
