@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import time
@@ -540,6 +541,47 @@ def destroyed(rank):
 
 def test_a_destroyed_group_is_a_clear_error():
     assert on_processes(2, destroyed) == ["RankError"] * 2
+
+
+def clip_on_one_rank(rank):
+    model, optimizer = make(Run(stage=2), None)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    try:
+        if rank == 0:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    except zerolite.RankError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_on_different_paths_are_told_at_once_what_each_waits_for():
+    start = time.monotonic()
+    for message in on_processes(2, clip_on_one_rank):
+        assert "rank 0: 'norm agreement (16 bytes)'; rank 1: 'step agreement (88 bytes)'" in message, message
+    assert time.monotonic() - start < 60  # neither the group's timeout, 30 minutes, nor two looks of ZEROLITE_PATIENCE decide
+
+
+def meet(rank):
+    comm = make(Run(stage=2), None)[1]._parts.comm
+    results = []
+    for number in range(5):
+        for shape, dtype in (((1,), torch.int64), ((3, 7), torch.int64), ((), torch.float64), ((1 << 16,), torch.int64)):
+            values = torch.arange(max(math.prod(shape), 1)).reshape(shape).to(dtype) * (rank + 1) + number
+            most = values.clone()
+            comm.sum_(values, "sum")
+            comm.max_(most, "max")
+            results.append((values, most))
+    return results
+
+
+def test_small_sums_and_maxima_are_those_of_the_group():
+    here, there = on_processes(2, meet), on_processes(2, meet, env=GROUP)
+    for ours, theirs in zip(here, there, strict=True):
+        assert len(ours) == 20
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert torch.equal(here[0][1][0], torch.arange(21).view(3, 7) * 3)
 
 
 def train_scattered(rank, runs):
