@@ -23,6 +23,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 }  // namespace zerolite
 
 #include "copy_cpu.h"
+#include "half_cpu.h"
 #include "moments_cpu.h"
 #include "square_cpu.h"
 
@@ -50,11 +51,25 @@ ZL_FN void average(float* __restrict g, const Sources& s, int64_t at, int64_t n)
   for (int64_t i = 0; i < n; ++i) g[i] = round_to<G>((g[i] + widen(last[i])) * s.mean);
 }
 
+ZL_FN void average_half(float* __restrict g, const Sources& s, int64_t at, int64_t n) {
+  alignas(64) float next[kBlock];
+  alignas(64) half rounded[kBlock];
+  widen_all(g, static_cast<const half*>(s.data[0]) + at, n);
+  for (int k = 1; k < s.count; ++k) {
+    widen_all(next, static_cast<const half*>(s.data[k]) + at, n);
+    for (int64_t i = 0; i < n; ++i) g[i] = g[i] + next[i];
+  }
+  if (s.count == 1 && s.mean == 1.0f) return;
+  for (int64_t i = 0; i < n; ++i) g[i] = g[i] * s.mean;
+  narrow_all(rounded, g, n);
+  widen_all(g, rounded, n);
+}
+
 void average_any(float* g, const Sources& s, int64_t at, int64_t n) {
   switch (s.dtype) {
     case Dtype::kFloat: return average<float>(g, s, at, n);
     case Dtype::kBFloat16: return average<bf16>(g, s, at, n);
-    case Dtype::kHalf: return average<half>(g, s, at, n);
+    case Dtype::kHalf: return average_half(g, s, at, n);
   }
 }
 
@@ -78,14 +93,11 @@ void adam_split(const AdamTensors& t, const float* __restrict g, const AdamRow& 
 }
 
 void adam_half(const AdamTensors& t, const float* __restrict g, const AdamRow& r, int64_t at, int64_t n) {
-  half* __restrict p = static_cast<half*>(t.param) + at;
   float* __restrict master = static_cast<float*>(t.rest) + at;
   float* __restrict m = t.m + at;
   float* __restrict v = t.v + at;
-  for (int64_t i = 0; i < n; ++i) {
-    adam(g[i], master[i], m[i], v[i], r, root);
-    narrow(p[i], master[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) adam(g[i], master[i], m[i], v[i], r, root);
+  narrow_all(static_cast<half*>(t.param) + at, master, n);
 }
 
 void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start, int64_t stop) {
@@ -132,8 +144,7 @@ void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentR
 
 template <class T>
 ZL_FN void store(void* out, const float* __restrict g, int64_t at, int64_t n) {
-  T* __restrict to = static_cast<T*>(out) + at;
-  for (int64_t i = 0; i < n; ++i) narrow(to[i], g[i]);
+  narrow_all(static_cast<T*>(out) + at, g, n);
 }
 
 void store_any(void* out, Dtype dtype, const float* g, int64_t at, int64_t n) {

@@ -11,7 +11,7 @@
 //   codes of one group are written between the roots and the quotients of the next.
 #pragma once
 
-#include "kernels.h"
+#include "half_cpu.h"
 #include "moments_math.h"
 
 namespace zerolite {
@@ -99,7 +99,7 @@ ZL_FN void store_master(float* param, float*, const float* __restrict p) { store
 ZL_FN void store_master(half* __restrict param, float* __restrict rest, const float* __restrict p) {
   store_floats<kHalves<half>>(rest, p);
   const float* const natural = kHalves<half> ? rest : p;
-  for (int64_t i = 0; i < kGroup; ++i) narrow(param[i], natural[i]);
+  narrow_all(param, natural, kGroup);
 }
 ZL_FN void store_master(uint16_t* __restrict param, int16_t* __restrict rest, const float* __restrict p) {
   for (int64_t i = 0; i < kPairs; ++i) {  // as split()
