@@ -173,8 +173,8 @@ def small(rows: list[Row]) -> str:
     note = "The target, less than twice the time of the few, is met."
     if more:
         cost = f"{min(more):.1f} to {max(more):.1f} microseconds a step"
-        note = f"The target, less than twice the time of the few, is missed: each parameter costs {cost}, of which\nautograd's call "
-        note += "of a Python hook and the hook's own lines are the larger part."
+        note = f"The target, less than twice the time of the few, is missed: each parameter costs {cost}, "
+        note += "of which\nautograd's call of a Python hook and the hook's own lines are the larger part."
     return f"{first}{table(head, body)}\n{note}\n"
 
 
