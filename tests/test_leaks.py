@@ -67,7 +67,8 @@ def a_thousand_steps(rank, stage, moments):
 @pytest.mark.parametrize("stage,moments", [(2, "int8"), (3, "fp32")])
 def test_a_thousand_steps_leak_nothing(stage, moments):
     for early, late in on_processes(2, a_thousand_steps, stage, moments, timeout=60.0):
-        assert late[:2] == early[:2]
+        # Fewer are no leak: a group closes connections of its set-up when it comes to it.
+        assert late[1] == early[1] and all(b <= a for a, b in zip(early[0], late[0], strict=True)), (early, late)
         # The heap settles over about 1,200 steps (by 1.7 MB under DDP, by 2.8 MB here, then by nothing); a bucket
         # lost in each step would be 20 MB, and objects are counted above.
         assert late[2] - early[2] < 4 << 20, (early, late)

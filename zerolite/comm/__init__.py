@@ -31,6 +31,11 @@ class Pending(Protocol):
         """What `wait` returns, perhaps not there yet: to count its bytes."""
         ...
 
+    @property
+    def under_way(self) -> bool:
+        """Whether nobody has waited for it yet."""
+        ...
+
     def wait(self) -> Tensor:
         """Returns the result once it is there; raises RankError where a rank died, disagrees or is late."""
         ...

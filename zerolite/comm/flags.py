@@ -56,7 +56,9 @@ class Arriving:
     def __init__(self, wait: Callable[[], None], result: Any) -> None:
         self._wait = wait
         self.result = result
+        self.under_way = True
 
     def wait(self) -> Any:
         self._wait()
+        self.under_way = False
         return self.result

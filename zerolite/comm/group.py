@@ -38,6 +38,10 @@ class Waiting:
         self.what = what
         self.order = sum(comm.ledger.calls.values())
 
+    @property
+    def under_way(self) -> bool:
+        return self.work is not None
+
     def wait(self) -> Tensor:
         if self.work is not None:
             try:
@@ -230,8 +234,9 @@ class ScatterLane(MessageLane):
         self.mean = 1.0
 
     def exchange(self, full: Tensor, what: str) -> Averaging:
-        self.sent = weakref.ref(full)
-        return Averaging(self.comm.scatter(full.float(), what), full.dtype)
+        pending = Averaging(self.comm.scatter(full.float(), what), full.dtype)
+        self.sent = weakref.ref(full), pending
+        return pending
 
 
 class Averaging:
@@ -244,6 +249,10 @@ class Averaging:
     @property
     def result(self) -> Tensor:
         return self.sum.result.view(1, -1)
+
+    @property
+    def under_way(self) -> bool:
+        return self.sum.under_way
 
     def wait(self) -> Tensor:
         return (self.sum.wait() / self.sum.comm.size).to(self.dtype).view(1, -1)

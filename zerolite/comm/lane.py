@@ -77,20 +77,22 @@ class MessageLane:
         self.lasting = False
         self.rounds = 0  # messages are their readers' own: nobody asks which
         self.settle: Callable[[], None] = self.done
-        self.sent: Callable[[], Tensor | None] = lambda: None
+        self.sent: tuple[Callable[[], Tensor | None], Pending] | None = None  # what was packed, until the result is there
 
     def take(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.numel, dtype=dtype, device=self.device)
 
     def exchange(self, full: Tensor, what: str) -> Pending:
-        self.sent = weakref.ref(full)  # a group may keep it until the message has gone
-        return self.comm.exchange(full, what)
+        pending = self.comm.exchange(full, what)
+        self.sent = weakref.ref(full), pending
+        return pending
 
     def done(self, number: int | None = None) -> None:
         """The message is its reader's own."""
 
     def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        sent = self.sent()
+        # A group lets go of a sent message at some moment after it has gone, in a thread of its own.
+        sent = self.sent[0]() if self.sent is not None and self.sent[1].under_way else None
         return [*sources] if sent is None else [*sources, sent]
 
     def kept(self) -> list[Tensor]:

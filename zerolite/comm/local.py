@@ -15,6 +15,8 @@ from zerolite.comm.ledger import Ledger
 class Done:
     """A transfer that has happened."""
 
+    under_way = False
+
     def __init__(self, result: Tensor) -> None:
         self.result = result
 
