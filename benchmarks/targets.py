@@ -27,7 +27,7 @@ class Target:
 
     def __str__(self) -> str:
         word = "at least" if self.least else "at most"
-        return f"{self.system}: {self.of} {self.figure:.2f} ({word} {self.bound:.2f})"
+        return f"{self.system}: {self.of} {self.figure:.3f} ({word} {self.bound:.3f})"
 
 
 def stage_of(system: str) -> int | None:
@@ -99,7 +99,7 @@ def missed(targets: list[Target]) -> str:
     for target in targets:
         if not target.met:
             word = "at least" if target.least else "at most"
-            late.setdefault(target.system, []).append(f"{target.of} {target.figure:.2f} ({word} {target.bound:.2f})")
+            late.setdefault(target.system, []).append(f"{target.of} {target.figure:.3f} ({word} {target.bound:.3f})")
     lines = [f"- {system}: {', '.join(figures)}" for system, figures in late.items()]
     if not lines:
         return f"\nAll {len(targets)} targets are met.\n"
