@@ -95,22 +95,27 @@ def parts(axes: Any, rows: list[Row]) -> None:
 
 
 def overhead(axes: Any, rows: list[Row]) -> None:
-    """Overhead of each system against the number of parameters; one line style a world."""
-    systems = [name for name in dict.fromkeys(row["system"] for row in rows) if name != ALONE]
-    for world, style in zip(sorted({row["ranks"] for row in rows}), ("-", "--", ":", "-."), strict=False):
-        for name, colour in zip(systems, COLOURS * 4, strict=False):
-            each = sorted((r["numel"], r["overhead"] * 1e3) for r in rows if r["system"] == name and r["ranks"] == world)
-            points = [point for point in each if point[1] > 0]
-            if points:
-                marker = "o" if name.startswith("zerolite") else "s"
-                axes.plot(
-                    *zip(*points, strict=True), style, marker=marker, color=colour, label=f"{name} x{world}", markersize=4
-                )
+    """Overhead of each system that ran at several sizes against the number of parameters; one line style a world."""
+    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["numel"]):
+        if row["system"] != ALONE and row["overhead"] > 0:
+            lines.setdefault((row["ranks"], row["system"]), []).append((row["numel"] / 1e6, row["overhead"] * 1e3))
+    most = max((len(points) for points in lines.values()), default=0)
+    drawn = {key: points for key, points in lines.items() if len(points) > 1 or most == 1}
+    colours = dict(zip(dict.fromkeys(name for _, name in drawn), COLOURS * 4, strict=False))
+    styles = dict(zip(sorted({world for world, _ in drawn}), ("-", "--", ":", "-."), strict=False))
+    for (world, name), points in sorted(drawn.items(), key=lambda item: -item[1][-1][1]):  # the legend in the lines' order
+        marker, style = "o" if name.startswith("zerolite") else "s", styles.get(world, "-")
+        label = f"{name}, {world} ranks"
+        axes.plot(*zip(*points, strict=True), style, marker=marker, color=colours[name], label=label, markersize=4)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("parameters")
+    sizes = sorted({size for points in drawn.values() for size, _ in points})
+    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("million parameters")
     axes.set_ylabel("overhead, ms a step")
-    axes.legend(frameon=False, fontsize=6, ncols=2)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def roofline(axes: Any, rows: list[Row]) -> None:
