@@ -271,7 +271,7 @@ def test_pack_looks_at_every_element_once(isa, dtype, by, large):
         (math.nan, math.inf, 1),
         (-math.inf, math.inf, 1),
     ):
-        for number, at in ((0, 0), (0, sizes[0] - 1), (0, sizes[0] // 2), (1, 5), (1, 130), (2, 0)):
+        for number, at in ((0, sizes[0] - 1), (1, 5)) if large else ((0, 0), (0, 69), (0, 35), (1, 5), (1, 130), (2, 0)):
             flag = torch.zeros(1, dtype=torch.int64)
             grads = [torch.full((size,), -0.5, dtype=dtype) for size in sizes]
             kernels.pack_(out, grads, offsets, True, flag, limit)

@@ -235,7 +235,7 @@ class ScatterLane(MessageLane):
 
     def exchange(self, full: Tensor, what: str) -> Averaging:
         pending = Averaging(self.comm.scatter(full.float(), what), full.dtype)
-        self.sent = weakref.ref(full), pending
+        self.sent = weakref.ref(full), weakref.ref(pending)
         return pending
 
 

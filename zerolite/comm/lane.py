@@ -77,14 +77,15 @@ class MessageLane:
         self.lasting = False
         self.rounds = 0  # messages are their readers' own: nobody asks which
         self.settle: Callable[[], None] = self.done
-        self.sent: tuple[Callable[[], Tensor | None], Pending] | None = None  # what was packed, until the result is there
+        # what was packed, and the exchange of it: weakly, for the result is its reader's
+        self.sent: tuple[Callable[[], Tensor | None], Callable[[], Pending | None]] = (lambda: None, lambda: None)
 
     def take(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.numel, dtype=dtype, device=self.device)
 
     def exchange(self, full: Tensor, what: str) -> Pending:
         pending = self.comm.exchange(full, what)
-        self.sent = weakref.ref(full), pending
+        self.sent = weakref.ref(full), weakref.ref(pending)
         return pending
 
     def done(self, number: int | None = None) -> None:
@@ -92,7 +93,8 @@ class MessageLane:
 
     def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
         # A group lets go of a sent message at some moment after it has gone, in a thread of its own.
-        sent = self.sent[0]() if self.sent is not None and self.sent[1].under_way else None
+        pending = self.sent[1]()
+        sent = self.sent[0]() if pending is not None and pending.under_way else None
         return [*sources] if sent is None else [*sources, sent]
 
     def kept(self) -> list[Tensor]:
