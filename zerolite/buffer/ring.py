@@ -21,17 +21,18 @@ class Ring:
 
     def reserve(self, size: int) -> None:
         """Takes memory for slots of `size` bytes, before the first is lent."""
-        for turn, slot in enumerate(self.slots):
-            if size and (slot is None or slot.numel() < size):
-                self.used[turn].sync()
-                self.slots[turn] = self.room.zeros(size, torch.uint8)
+        for turn in range(TURNS if size else 0):
+            self._slot(turn, size)
+
+    def _slot(self, turn: int, size: int) -> Tensor:
+        slot = self.slots[turn]
+        if slot is None or slot.numel() < size:
+            self.used[turn].sync()
+            slot = self.slots[turn] = self.room.zeros(size, torch.uint8)
+        return slot
 
     def lend(self, numel: int, dtype: torch.dtype) -> tuple[int, Tensor]:
         """The next slot and its number; `used` of it is for the caller to wait for, and to set."""
         self.turn = (self.turn + 1) % TURNS
         size = numel * dtype.itemsize
-        slot = self.slots[self.turn]
-        if slot is None or slot.numel() < size:
-            self.used[self.turn].sync()
-            slot = self.slots[self.turn] = self.room.zeros(size, torch.uint8)
-        return self.turn, slot[:size].view(dtype)
+        return self.turn, self._slot(self.turn, size)[:size].view(dtype)

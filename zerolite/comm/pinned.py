@@ -4,7 +4,7 @@
     parameters  the updated halves of all ranks are one tensor, and each device copies all of it up
 
 So each device's bus carries its gradients down and its parameters up once, where a process group would move both through
-the host as well and then the rest beside. Small control data uses the process group.
+the host as well and then the rest beside. Small control data passes through shared memory as well (board.py).
 """
 
 from __future__ import annotations
