@@ -186,8 +186,9 @@ void pack_(Tensor out, std::vector<Tensor> grads, std::vector<int64_t> offsets, 
   pack_all(out, pack_parts(out, grads, offsets, clear), flag, limit);
 }
 
-void pack_at_(Tensor out, Tensor places, bool clear, Tensor flag, double limit) {
-  pack_all(out, pack_parts(out, places, clear), flag, limit);
+void pack_at_(Tensor out, Tensor places, bool clear, Tensor flag, double limit, int64_t start, int64_t width,
+              int64_t stride) {
+  pack_all(out, pack_parts(out, places, clear, {start, width, stride}), flag, limit);
 }
 
 // Flags are int64 counters in memory that processes share.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zerolite import host, kernels
-from zerolite.kernels import reference
+from zerolite.kernels import ops, reference
 from zerolite.kernels.ops import ADAM_ROW, LIMBS
 from zerolite.norm import _value, exact_sum
 
@@ -255,6 +255,32 @@ def test_pack(isa, n):
         nothing = torch.ones(70, dtype=torch.bfloat16)
         kernels.pack_(nothing, [], [], clear, flag, 0.0)
         assert bool((nothing == (not clear)).all()) and flag.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start,width,stride", [(0, 7, 7), (0, 7, 70), (63, 7, 70), (33, 16, 70), (5, 17, 210), (0, 1, 1)])
+def test_pack_keeps_a_window(isa, monkeypatch, dtype, start, width, stride):
+    rows = 210 // stride
+    grads = [wide(n, n, 1.0).to(dtype) for n in (100, 1, 0, 60)]
+    offsets = [3, 103, 110, 140]
+    whole = torch.zeros(rows * stride, dtype=dtype)
+    for grad, offset in zip(grads, offsets, strict=True):
+        whole[offset : offset + grad.numel()] = grad
+    expected = whole.view(rows, stride)[:, start : start + width].reshape(-1)
+    window = kernels.Window(start, width, stride)
+    for by_address in (True, False):
+        monkeypatch.setattr(ops, "_by_address", lambda answer=by_address: answer)
+        out, flag = torch.ones_like(expected), torch.zeros(1, dtype=torch.int64)
+        kernels.pack_(out, grads, offsets, True, flag, math.inf, window)
+        assert torch.equal(out, expected) and flag.item() == 0
+        kernels.pack_(out, grads, offsets, True, flag, float(expected.float().abs().max()), window)
+        assert flag.item() == 1
+        for grad, offset in zip(grads, offsets, strict=True):  # what is outside is not looked at
+            inside = torch.tensor([start <= (offset + k) % stride < start + width for k in range(grad.numel())], dtype=bool)
+            grad[~inside] = math.nan
+        flag.zero_()
+        kernels.pack_(out, grads, offsets, False, flag, math.inf, window)
+        assert torch.equal(out, expected) and flag.item() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

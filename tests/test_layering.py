@@ -13,6 +13,7 @@ LAYERS = {
     "layout": 0,
     "backward": 0,
     "options": 0,
+    "parts": 0,
     "placement": 0,
     "records": 0,
     "host": 1,

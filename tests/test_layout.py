@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from models import Net, seeded
 from torch import nn
 
+from zerolite import parts
 from zerolite.layout import ALIGN, Layout, Piece, Slot, aligned, cut
 from zerolite.partition import find_units
 from zerolite.placement import STAGES, make_plan, with_rows
@@ -19,6 +22,23 @@ numels = st.lists(st.integers(0, 700), min_size=1, max_size=12)
 
 def named(sizes):
     return [(f"p{k}", n) for k, n in enumerate(sizes)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 5000), min_size=1), st.integers(1, 9), st.sampled_from([2, 4]), st.integers(1, 200_000))
+def test_parts_cover_a_shard_and_fit(shards, size, width, most):
+    sizes = [(shard * ALIGN, width) for shard in shards]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART", most)
+        room, regions = parts.part_room(size, sizes), parts.regions_of(size, sizes)
+        assert parts.arena(size, sizes) == room * regions
+    assert room <= max(most, size * ALIGN * 4) and 1 <= regions <= parts.REGIONS
+    for shard, _ in sizes:
+        for bytes_each in (width, 4):  # in compute dtype, and of local fp32 sums
+            cuts = parts.parts_of(shard, size, bytes_each, room)
+            assert cuts[0][0] == 0 and cuts[-1][1] == shard
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
+            assert all(start % ALIGN == 0 and (stop - start) * size * bytes_each <= room for start, stop in cuts)
 
 
 @settings(max_examples=300, deadline=None)

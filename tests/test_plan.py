@@ -90,9 +90,8 @@ class Watch:
         for bucket in self.optimizer._built.buckets:
             for held in holdings(bucket).values():
                 tensors += held
-            flight = bucket.grads.flight if bucket.grads is not None else None
-            if flight is not None:
-                tensors += [flight.result, *getattr(flight, "sent", [])]
+            for flight in bucket.grads.flights if bucket.grads is not None else []:
+                tensors += [flight.pending.result, *getattr(flight.pending, "sent", [])]
         self.most = max(self.most, storage_bytes(tensors))
 
 
@@ -207,8 +206,7 @@ def live_arena(rank, runs):
             optimizer.step()
             optimizer.zero_grad()
         lanes = [bucket.grads.lane for bucket in optimizer._trained]
-        regions = {id(lane.region): lane.region.narrow for lane in lanes}
-        found.append((optimizer.plan, sum(regions.values())))
+        found.append((optimizer.plan, storage_bytes(slot for lane in lanes for slot in lane.kept())))
     return found
 
 

@@ -18,6 +18,7 @@ from ranks import on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
+from zerolite import parts
 
 
 def train_processes(rank, runs):
@@ -606,3 +607,59 @@ def test_small_slices_are_reduced_by_the_group_and_the_plan_says_so(env):
         for run, result in zip(runs, results, strict=True):
             # Two ranks' sums have one order, so here the group's bits are ours; with more ranks they are its own.
             assert equal(result, on_threads(2, train_on, run)[rank]), run
+
+
+# ---- parts of rounds
+
+
+def train_in_parts(rank, hosts, runs):
+    """With so few bytes a part that every bucket of a few thousand elements goes out in several."""
+    parts.PART = 1024
+    os.environ.update({"ZEROLITE_HOST": hosts[rank]} if hosts else {})
+    found = [train(None, rank, run) for run in runs]
+    lanes = [bucket.grads.lane for bucket in make(runs[0], None)[1]._built.buckets]
+    return found, max(len(lane.cuts(torch.bfloat16)) for lane in lanes)
+
+
+@pytest.mark.parametrize("size,hosts", [(2, ""), (3, ""), (3, "aab")])
+def test_rounds_in_parts_have_the_bits_of_whole_ones(size, hosts):
+    shape = {"dtype": torch.bfloat16, "clip": 0.5}
+    runs = [Run(stage=2, **shape), Run(stage=3, micro=2, **shape), Run(stage=2, micro=3, no_sync=True, bucket_mb=4e-3, **shape)]
+    expected = [on_threads(size, train_on, run) for run in runs]
+    for rank, (found, most) in enumerate(on_processes(size, train_in_parts, hosts, runs)):
+        assert most > parts.REGIONS
+        assert all(equal(result, threads[rank]) for result, threads in zip(found, expected, strict=True))
+
+
+def odd_gradients(rank):
+    """A gradient that lies in memory unlike its parameter, and parameters of 0 elements, in a bucket of several parts."""
+    parts.PART = 1024
+    model = seeded(lambda: nn.ParameterList([nn.Parameter(torch.randn(n, 40)) for n in (40, 0, 30)]))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), stage=2)
+    loss = sum((p.T.contiguous() ** 2).sum() for p in model) * (rank + 1)
+    loss.backward()
+    optimizer.step()
+    lane = optimizer._built.buckets[0].grads.lane
+    return [p.detach().clone() for p in model], len(lane.cuts(torch.float32))
+
+
+def test_gradients_of_any_strides_go_out_in_parts():
+    expected = [p - (2 * p + 4 * p) * 0.5 for p in seeded(lambda: [torch.randn(n, 40) for n in (40, 0, 30)])]
+    for found, count in on_processes(2, odd_gradients):
+        assert count > 4 and equal(found, expected)
+
+
+def sync_on_rank_0(rank):
+    parts.PART = 2048
+    model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), None)
+    with optimizer.no_sync():
+        loss_of(model, tokens_for(0, 0, rank)).backward()
+    if rank == 0:  # forgets what the others still have, so that its round is not wide
+        optimizer.zero_grad()
+        optimizer._built.reducer.local = False
+    loss_of(model, tokens_for(0, 1, rank)).backward()
+
+
+def test_rounds_of_different_dtypes_are_told_apart():
+    for kind, found in outcomes(2, sync_on_rank_0, timeout=20):
+        assert kind == "error" and found[0] == "RankError", found

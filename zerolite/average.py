@@ -8,7 +8,7 @@ Far    on the host, beside a device: a round is averaged on the device and copie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ from zerolite.feed import Feed
 from zerolite.kernels import LIMBS, reduce_, reduce_squares_
 from zerolite.worker import Worker
 
+Cut = tuple[int, int]  # a range of elements of a shard
+
 
 class Average(Protocol):
     """One bucket's average of rounds on one rank."""
@@ -30,9 +32,12 @@ class Average(Protocol):
     squares: Tensor | None  # int64 [parts, LIMBS]: exact sums of squares of the parts of parameters; None: not known
     asked: bool  # whether the norm of this step's gradient was asked for
 
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        """Takes in a round when it comes: the average of its sources, rounded to their dtype. `done` is called when they were
-        read. Returns the sources."""
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None], cut: Cut) -> None:
+        """Takes in a part of a round when it comes: the average of its sources, rounded to their dtype. `done` is called when
+        they were read.
+
+        cut  the elements of the shard that it covers; parts come in order, the first one begins the round
+        """
         ...
 
     def settled(self) -> Tensor | None:
@@ -56,20 +61,30 @@ class Average(Protocol):
         ...
 
 
-def _parts(spans: Tensor) -> Tensor:
-    """`spans` with a row of its own for each."""
-    return torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+class Parts:
+    """The parts of parameters in a shard: where the squares of each range of it are added."""
+
+    def __init__(self, spans: Tensor) -> None:
+        self.rows = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+        self.known: dict[Cut, Tensor] = {}
+
+    def inside(self, cut: Cut) -> Tensor:
+        """int64 (n, 3): start, stop and row of the parts in a range, relative to its start."""
+        if cut not in self.known:
+            start, stop = cut
+            rows = self.rows.clone()
+            rows[:, :2] = rows[:, :2].clamp(start, stop) - start
+            self.known[cut] = rows[rows[:, 0] < rows[:, 1]]
+        return self.known[cut]
 
 
 class Prompt:
     """Rounds are waited for where they are taken in."""
 
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        sources = list(flight.wait())
-        self._add(sources, mean, done)
-        return sources
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None], cut: Cut) -> None:
+        self._add(list(flight.wait()), mean, done, cut)
 
-    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None], cut: Cut) -> None:
         raise NotImplementedError
 
 
@@ -81,34 +96,44 @@ class Near(Prompt):
     def __init__(self, numel: int, device: torch.device, spans: Tensor) -> None:
         self.numel = numel
         self.device = device
-        self.parts = _parts(spans)
+        self.parts = Parts(spans)
         self.sums: Tensor | None = None  # from the first norm on
         self.asked = self.passing = False  # passing: squares are summed as a round passes, since the last step asked
+        self.first = True  # the round that comes is the first one since the last step
         self.value: Tensor | None = None
         self.spare: Tensor | None = None
         self.coming: Mark = Reached()
         self.squares: Tensor | None = None
 
-    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
-        first = self.value is None
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None], cut: Cut) -> None:
+        start, stop = cut
+        if start == 0 and self._begin(sources, mean):
+            return
+        assert self.value is not None
+        if self.squares is not None:
+            reduce_squares_(self.value[start:stop], self.squares, sources, self.parts.inside(cut), mean)
+        else:
+            reduce_(self.value[start:stop], sources, mean, not self.first)
+        done()
+
+    def _begin(self, sources: list[Tensor], mean: float) -> bool:
+        """Makes room for a round; whether it is its own average."""
+        self.first = self.value is None
+        self.squares = None
         if self.value is None:
             if len(sources) == 1 and mean == 1.0:
                 self.value = sources[0]
-                return
+                return True
             if self.spare is None or self.spare.dtype != sources[0].dtype:
                 self.spare = zeros(self.numel, sources[0].dtype, sources[0].device)
             self.value = self.spare
+            if self.passing:
+                if self.sums is None:
+                    self.sums = torch.zeros(len(self.parts.rows), LIMBS, dtype=torch.int64, device=self.device)
+                self.squares = self.sums.zero_()
         elif self.value.dtype != torch.float32 or len(sources) == 1:
             self.value, self.spare = self.value.to(torch.float32, copy=True), None
-        self.squares = None
-        if first and self.passing:
-            if self.sums is None:
-                self.sums = torch.zeros(len(self.parts), LIMBS, dtype=torch.int64, device=self.device)
-            self.squares = self.sums.zero_()
-            reduce_squares_(self.value, self.squares, sources, self.parts, mean)
-        else:
-            reduce_(self.value, sources, mean, not first)
-        done()
+        return False
 
     def settled(self) -> Tensor | None:
         return self.value
@@ -157,7 +182,7 @@ class Far(Prompt):
         self.numel = numel
         self.link = staging.link
         self.staging = staging
-        self.parts = _parts(spans)
+        self.parts = Parts(spans)
         self.asked = False
         self.value: Tensor | None = None
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
@@ -166,13 +191,13 @@ class Far(Prompt):
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
 
-    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None]) -> None:
+    def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None], cut: Cut) -> None:
         leaving, later = self.staging.leaving, self.staging.later
         turn, fresh = leaving.lend(self.numel, sources[0].dtype)
         leaving.used[turn].wait()
         if self.value is None:
             self.squares = self.sums.zero_()
-            reduce_squares_(fresh, self.sums, sources, self.parts, mean)
+            reduce_squares_(fresh, self.sums, sources, self.parts.rows, mean)
             done()
             self.last.sync()
             self.value = self._room(fresh.dtype)
@@ -233,21 +258,28 @@ class Joint(Far):
     def summed(self) -> Room:
         return self.link.host
 
-    def receive(self, flight: Pending, mean: float, done: Callable[[], None]) -> Sequence[Tensor]:
-        dtype, before, earlier = flight.result[0].dtype, self.coming, self.value
-        self.value = value = self._room(dtype if earlier is None else torch.float32)
-        self.squares = self.sums if earlier is None else None
+    earlier: Tensor | None = None  # the average of the rounds before the one that comes
+
+    def receive(self, flight: Pending, mean: float, done: Callable[[], None], cut: Cut) -> None:
+        start, stop = cut
+        if start == 0:
+            self.earlier = self.value
+            self.value = self._room(flight.result[0].dtype if self.earlier is None else torch.float32)
+            self.squares = self.sums if self.earlier is None else None
+        before, earlier, value = self.coming, self.earlier, self.value
+        assert value is not None
+        part = value[start:stop]
 
         def take() -> None:
             before.sync()
             sources = list(flight.wait())
-            if earlier is not None and earlier is not value:
-                value.copy_(earlier)
             if earlier is None:
-                reduce_squares_(value, self.sums.zero_(), sources, self.parts, mean)
+                sums = self.sums.zero_() if start == 0 else self.sums
+                reduce_squares_(part, sums, sources, self.parts.inside(cut), mean)
             else:
-                reduce_(value, sources, mean, True)
+                if earlier is not value:
+                    part.copy_(earlier[start:stop])
+                reduce_(part, sources, mean, True)
             done()
 
         self.coming = self.staging.worker.submit(take)
-        return list(flight.result)

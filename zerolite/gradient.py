@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import functools
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from zerolite.average import Average
+from zerolite.average import Average, Cut
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
-from zerolite.kernels import exceeds_, pack_
+from zerolite.kernels import Window, exceeds_, pack_
 from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
@@ -44,6 +45,14 @@ class Arrivals:
 
     def __init__(self) -> None:
         self.grads, self.task, self.wanted = {}, -1, 0
+
+
+class Flight(NamedTuple):
+    """An exchange under way."""
+
+    pending: Pending
+    number: int  # of the lane's exchanges
+    cut: Cut  # the elements of the shard that it brings
 
 
 class Gradients:
@@ -69,8 +78,8 @@ class Gradients:
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
     local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
     base: Tensor | None  # the local sum that this (wide) round begins with, until it is packed
-    flight: Pending | None  # the exchange under way
-    taken: list[Tensor]  # the sources of a round that is being summed
+    flights: list[Flight]  # the exchanges under way
+    taken: Flight | None  # the exchange that is being summed
     average: Average  # of the rounds so far, in this rank's shard
 
     def __init__(
@@ -99,19 +108,19 @@ class Gradients:
         self.arrived = self.arrivals.grads
         self.average = average
         self.lane.settle = self.finish
-        self.flight, self.taken = None, []
+        self.flights, self.taken = [], None
         self.clear()
 
     def clear(self) -> None:
         """Forgets every gradient."""
-        if self.flight is not None or self.taken:
+        if self.flights or self.taken is not None:
             self.lane.done()
         self._empty()
         self.packed = set()
         self.close()
         self.wide = False
-        self.full = self.local = self.base = self.flight = None
-        self.taken = []
+        self.full = self.local = self.base = self.taken = None
+        self.flights = []
         self.average.clear(self.lane.transient)
 
     def _empty(self) -> None:
@@ -184,25 +193,38 @@ class Gradients:
             return
         fresh = self.full is None
         if self.full is None:
-            self.full = self.lane.take(torch.float32 if self.wide else self.dtype)
+            self.full = self.lane.take(torch.float32 if self.wide else self.dtype, self.layout.shard)
         full = self.full
-        if fresh and self.wide:
-            full.zero_() if self.base is None else full.copy_(self.base)
-            self.base = None
-        odd = [] if not self.wide and self._plain() else [slot for slot in self.arrived if self.wide or not self._plain(slot)]
-        plain = sorted(self.arrived.keys() - odd)
-        limit = _SUSPECT[full.dtype]
         if not self.wide:
-            grads, offsets = map(self.arrived.__getitem__, plain), map(self.offsets.__getitem__, plain)
-            pack_(full, list(grads), list(offsets), fresh, self.suspect, limit)
-        for slot in odd:
-            view = self.view(full, slot)
-            view.add_(self.arrived[slot]) if self.wide else view.copy_(self.arrived[slot])
-        if odd or self.wide:
-            exceeds_(self.suspect, full, limit)
+            pack_(full, *self._blocks(), fresh, self.suspect, _SUSPECT[self.dtype])
+        else:
+            if fresh:
+                full.zero_() if self.base is None else full.copy_(self.base)
+                self.base = None
+            self._add_to(full)
+            exceeds_(self.suspect, full, _SUSPECT[full.dtype])
         self.packed.update(self.arrived)
         self.comm.ledger.note("pack", self.name)  # while both are held
         self._empty()
+
+    def _blocks(self) -> tuple[list[Tensor], list[int]]:
+        """What has arrived, each as one block of memory like its parameter's range in `full`, and where that begins."""
+        if self._plain():
+            slots = sorted(self.arrived)
+            return list(map(self.arrived.__getitem__, slots)), list(map(self.offsets.__getitem__, slots))
+        blocks = []
+        for slot in sorted(self.arrived):
+            block = self.arrived[slot]
+            if not self._plain(slot):
+                shape, stride = self.views[slot]
+                block = torch.empty(block.numel(), dtype=self.dtype, device=block.device)
+                block.as_strided(shape, stride).copy_(self.arrived[slot])
+            blocks.append(block)
+        return blocks, [self.offsets[slot] for slot in sorted(self.arrived)]
+
+    def _add_to(self, flat: Tensor) -> None:
+        for slot, grad in self.arrived.items():
+            self.view(flat, slot).add_(grad)
 
     def _plain(self, slot: int | None = None) -> bool:
         """Whether a gradient that arrived, or each, is one block of memory like its parameter's range in `full`."""
@@ -222,20 +244,53 @@ class Gradients:
     def start(self) -> None:
         """Begins the exchange of this round; slots without a gradient count as 0."""
         self.finish()
-        self.pack()
-        full = self.full
-        assert full is not None
-        self.flight = self.lane.exchange(full, f"exchange {self.name}")
-        self.full = None
+        if self.lane.transient:
+            self._send()
+        else:
+            self.pack()
+            self._fly((0, self.layout.shard))
         self.wide = False
         self.packed = set()
         self.close()
         self.comm.ledger.note("exchange", self.name)
 
+    def _send(self) -> None:
+        """Packs and exchanges one part after the other; `take` averages what its memory held before."""
+        dtype = self.dtype
+        if self.wide:
+            dtype = torch.float32
+            if self.base is None:
+                self.base = torch.zeros(self.layout.numel, dtype=dtype, device=self.suspect.device)
+            self._add_to(self.base)
+            blocks, offsets = [self.base], [0]
+        else:
+            blocks, offsets = self._blocks()
+        for start, stop in self.lane.cuts(dtype):
+            self.full = self.lane.take(dtype, stop - start)
+            window = Window(start, stop - start, self.layout.shard)
+            pack_(self.full, blocks, offsets, True, self.suspect, _SUSPECT[dtype], window)
+            if stop == self.layout.shard:
+                self.comm.ledger.note("pack", self.name)  # while both are held
+                self.base = None
+                self._empty()
+            self._fly((start, stop))
+
+    def _fly(self, cut: Cut) -> None:
+        """Exchanges what is packed."""
+        assert self.full is not None
+        pending = self.lane.exchange(self.full, f"exchange {self.name}")
+        self.flights.append(Flight(pending, self.lane.rounds, cut))
+        self.full = None
+
+    @property
+    def lone(self) -> bool:
+        """Whether one exchange under way is all that there is since the last step, so that it can be summed in the update."""
+        return len(self.flights) == 1 and self.average.value is None and not self.average.apart
+
     def peek(self) -> tuple[list[Tensor], float]:
         """As `sources`, without using them up; no sources where there is no gradient."""
-        if self.flight is not None and self.average.value is None and not self.average.apart:
-            return list(self.flight.wait()), self.lane.mean
+        if self.lone:
+            return list(self.flights[0].pending.wait()), self.lane.mean
         self.finish()
         value = self.average.settled()
         return ([] if value is None else [value]), 1.0
@@ -246,23 +301,22 @@ class Gradients:
         An average on the host may be on its way: it is there once `average.coming` is reached.
         """
         assert not self.waiting, f"bucket {self.name}: a gradient would be dropped"
-        if self.flight is not None and self.average.value is None and not self.average.apart:
-            self.taken = list(self.flight.wait())
-            self.flight = None
-            return self.taken, self.lane.mean
+        if self.lone:
+            self.taken = self.flights.pop()
+            return list(self.taken.pending.wait()), self.lane.mean
         self.finish()
         if self.average.value is None:
             self.average.value = self.average.nothing(self.dtype)
         return [self.average.value], 1.0
 
-    def finish(self) -> None:
-        """Averages the round in flight."""
-        if self.flight is None:
-            return
-        flight, self.flight = self.flight, None
-        self.taken = list(self.average.receive(flight, self.lane.mean, functools.partial(self.lane.done, self.lane.rounds)))
-        self.comm.ledger.note("average", self.name)  # while both are held
-        self.taken = []
+    def finish(self, number: int | None = None) -> None:
+        """Averages what is in flight (number: up to that exchange)."""
+        while self.flights and (number is None or self.flights[0].number <= number):
+            self.taken = flight = self.flights.pop(0)
+            done = functools.partial(self.lane.done, flight.number)
+            self.average.receive(flight.pending, self.lane.mean, done, flight.cut)
+            self.comm.ledger.note("average", self.name)  # while both are held
+            self.taken = None
 
     def multiply(self, slot: int, factor: float) -> None:
         """Scales what was averaged of one slot, in fp32."""
@@ -298,8 +352,10 @@ class Gradients:
         """What holds gradients on their way: not packed, packed, summed under no_sync(), sent, being summed."""
         packed = self.full if self.lane.transient else None
         held = [t for t in (packed, self.local, self.base) if t is not None] + list(self.arrived.values())
-        sources = self.taken if self.flight is None else list(self.flight.result)
-        return held + (self.lane.holds(sources) if sources else [])
+        flights = self.flights if self.taken is None else [self.taken, *self.flights]
+        for flight in flights:
+            held += self.lane.holds(flight.number, list(flight.pending.result))
+        return held
 
 
 def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

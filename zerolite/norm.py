@@ -50,7 +50,7 @@ def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
     for bucket in reducer.order:
         grads, average = grads_of(bucket), grads_of(bucket).average
         average.asked = True
-        if grads.flight is not None and (average.apart or average.value is not None):
+        if not grads.lone:
             grads.finish()
         squares = average.squares
         if squares is not None:  # counted as the gradients went by

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from zerolite.backward import Most, Trip, most, pair, passing, top
 from zerolite.layout import ALIGN, Layout
 from zerolite.options import check_gradients
+from zerolite.parts import arena, part_room
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
 STAGES = (0, 1, 2, 3)
@@ -19,7 +20,7 @@ OFFLOADS = (None, "states", "all")
 TERMS = ("params", "grads", "states")
 CHUNK = 4 << 20  # elements of a chunk of states on its way (stream.py): long enough for the full speed of a bus
 SLOTS = 2  # chunks on their way at once
-TURNS = 2  # rounds of transient gradients that are in flight at once (comm/region.py, Reducer._advance)
+TURNS = 2  # rounds of transient gradients that are in flight at once (Reducer._advance)
 FP32 = 4  # bytes of an element of a sum
 
 #: From this many ranks on, a bucket whose slices are smaller than this many bytes is reduced by the group itself: an
@@ -170,10 +171,8 @@ class Plan:
     def _leaving(self, away: Sequence[Row], ranges: list[int]) -> Iterator[Term]:
         """Rounds that leave the device as they are averaged."""
         if self.setting.slots:  # packed buckets on the device, and fp32 slots for them
-            ranges = [row.full for row in reversed(away)]
-            wide = [row.layout.numel * FP32 for row in reversed(away)]
-            slots = sum(top(wide[turn::TURNS]) for turn in range(TURNS))
-            yield self._term("slots of rounds", "always", "host", slots)
+            ranges = [part_room(self.size, _sizes(away))]
+            yield self._term("slots of rounds", "always", "host", arena(self.size, _sizes(away)))
         yield self._term("rounds on their way", "always", "device", TURNS * top(ranges))
         if self.setting.micro_batches > 1:
             yield self._term("later rounds", "always", "host", TURNS * top(ranges))
@@ -200,8 +199,7 @@ class Plan:
     def _in_flight(self, buckets: Sequence[int]) -> Iterator[Term]:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
         if self.setting.shared and not self.alone:
-            arena = sum(top(buckets[turn::TURNS]) for turn in range(TURNS))
-            yield self._term("shared arena", "always", "host", arena)
+            yield self._term("shared arena", "always", "host", arena(self.size, _sizes(self.trained)))
         if self.params.sharded:
             flight = self._backward().flight
         elif self.alone:
@@ -337,6 +335,10 @@ class Plan:
 
 
 __all__ = ["Placement", "Plan", "Row", "Setting", "Term", "Widths", "choices", "make_plan", "with_rows"]
+
+
+def _sizes(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    return [(row.layout.shard, row.widths.param) for row in rows]
 
 
 def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | None]]:

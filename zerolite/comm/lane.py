@@ -1,11 +1,15 @@
 """A lane carries one bucket's gradient rounds between ranks.
 
-full = lane.take(dtype)         this rank's buffer; all of it is to be written, padding too
-pending = lane.exchange(full)   it is complete; pending.wait() gives the N ranks' slices for this rank, in rank order
-lane.done()                     the slices are not read any more
+for start, stop in lane.cuts(dtype):        the parts of a round: ranges of each rank's shard, in order
+    full = lane.take(dtype, stop - start)   this rank's buffer; all of it is to be written, padding too
+    pending = lane.exchange(full)           it is complete; pending.wait() gives the N ranks' slices for this rank
+lane.done(number)                           the slices of an exchange are not read any more
 
-Transient lanes (gradients rest sharded) may share memory: a round is packed when it is its turn to go out, and `settle`
-is called if an earlier round must be read first.
+    bucket   | shard of rank 0: part 0, part 1 | shard of rank 1: part 0, part 1 |
+    full     | part 0 of shard 0 | part 0 of shard 1 |, then the same of part 1
+
+Transient lanes (gradients rest sharded) may share memory: a part is packed when it is its turn to go out, and `settle`
+is called if an earlier one must be read first.
 """
 
 from __future__ import annotations
@@ -42,22 +46,26 @@ class Lane(Protocol):
     mean: float  # factor from the sum of an exchange's results to the average over ranks
     lasting: bool  # the slices stay readable until done() without memory of their own
     rounds: int  # exchanges so far
-    settle: Callable[[], None]  # reads the round in flight; set by whoever exchanges
+    settle: Callable[[int], None]  # reads what is in flight up to an exchange (counted from 1); set by whoever exchanges
 
-    def take(self, dtype: torch.dtype) -> Tensor:
-        """A 1D buffer for this rank's round, to be written."""
+    def cuts(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """The element ranges of a shard that travel one after the other."""
+        ...
+
+    def take(self, dtype: torch.dtype, width: int) -> Tensor:
+        """A 1D buffer for a part of this rank's round: `width` elements for each rank, to be written."""
         ...
 
     def exchange(self, full: Tensor, what: str) -> Pending:
-        """Sends a round; the result has shape (ranks, shard), or is a list of ranks 1D tensors."""
+        """Sends a part; the result has shape (ranks, width), or is a list of ranks 1D tensors."""
         ...
 
     def done(self, number: int | None = None) -> None:
-        """The result of exchange `number` (from 1; None: the last) is not read any more, or never will be."""
+        """The results up to exchange `number` (None: the last) are not read any more, or never will be."""
         ...
 
-    def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's own memory behind a round under way whose result is `sources`."""
+    def holds(self, number: int, sources: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's own memory behind exchange `number`, whose result is `sources`."""
         ...
 
     def kept(self) -> list[Tensor]:
@@ -76,12 +84,15 @@ class MessageLane:
         self.mean = 1.0 / comm.size
         self.lasting = False
         self.rounds = 0  # messages are their readers' own: nobody asks which
-        self.settle: Callable[[], None] = self.done
+        self.settle: Callable[[int], None] = self.done
         # what was packed, and the exchange of it: weakly, for the result is its reader's
         self.sent: tuple[Callable[[], Tensor | None], Callable[[], Pending | None]] = (lambda: None, lambda: None)
 
-    def take(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.numel, dtype=dtype, device=self.device)
+    def cuts(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        return [(0, self.numel // self.comm.size)]
+
+    def take(self, dtype: torch.dtype, width: int) -> Tensor:
+        return torch.empty(self.comm.size * width, dtype=dtype, device=self.device)
 
     def exchange(self, full: Tensor, what: str) -> Pending:
         pending = self.comm.exchange(full, what)
@@ -91,7 +102,7 @@ class MessageLane:
     def done(self, number: int | None = None) -> None:
         """The message is its reader's own."""
 
-    def holds(self, sources: Sequence[Tensor]) -> list[Tensor]:
+    def holds(self, number: int, sources: Sequence[Tensor]) -> list[Tensor]:
         # A group lets go of a sent message at some moment after it has gone, in a thread of its own.
         pending = self.sent[1]()
         sent = self.sent[0]() if pending is not None and pending.under_way else None

@@ -54,13 +54,13 @@ class PinnedLane(SharedLane):
         self.ring = ring
         self.turn = 0
 
-    def take(self, dtype: torch.dtype) -> Tensor:
-        self.turn, full = self.ring.lend(self.numel, dtype)
+    def take(self, dtype: torch.dtype, width: int) -> Tensor:
+        self.turn, full = self.ring.lend(self.comm.size * width, dtype)
         self.ring.used[self.turn].wait()
         return full
 
     def fill(self, full: Tensor) -> Callable[[], None]:
-        slot = super().take(full.dtype)
+        slot = super().take(full.dtype, full.numel() // self.comm.size)
         copied = self.ring.used[self.turn] = self.link.down(slot, full)
         return copied.sync
 

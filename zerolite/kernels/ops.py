@@ -11,6 +11,7 @@ import functools
 from array import array
 from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ _library.define("square_sum_(Tensor(a!) sums, Tensor[] sources, Tensor spans, fl
 _library.define("reduce_squares_(Tensor(a!) out, Tensor(b!) sums, Tensor[] sources, Tensor spans, float mean) -> ()")
 _library.define("exceeds_(Tensor(a!) flag, Tensor src, float limit) -> ()")
 _library.define("pack_(Tensor(a!) out, Tensor[] grads, int[] offsets, bool clear, Tensor(b!) flag, float limit) -> ()")
-_library.define("pack_at_(Tensor(a!) out, Tensor places, bool clear, Tensor(b!) flag, float limit) -> ()")
+_library.define(
+    "pack_at_(Tensor(a!) out, Tensor places, bool clear, Tensor(b!) flag, float limit, int start, int width, int stride) -> ()"
+)
 _library.define("flag_store_(Tensor(a!) flags, int place, int value) -> ()")
 _library.define("flag_wait(Tensor flags, int[] places, int value, float seconds) -> bool")
 _library.define("use_isa(str name) -> bool")
@@ -131,20 +134,50 @@ def exceeds_(flag: Tensor, src: Tensor, limit: float) -> None:
     torch.ops.zerolite.exceeds_(flag, src, limit)
 
 
-def pack_(out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float) -> None:
+class Window(NamedTuple):
+    """What `pack_` keeps of a longer tensor: of every `stride` elements, `width` from `start` on, one after the other."""
+
+    start: int
+    width: int
+    stride: int
+
+
+def pack_(
+    out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float, window: Window | None = None
+) -> None:
     """Copies each contiguous gradient to out[offset : offset + numel]; dtypes are equal.
 
     clear        elements of `out` that no gradient covers become 0; else they stay
     flag, limit  as `exceeds_` for the gradients, in the same pass
+    window       offsets are those of a longer tensor, of which `out` is this window; None: of `out`
     """
+    start, width, stride = window or (0, out.numel(), out.numel())
     if not (grads and out.device.type == "cpu" and _by_address()):
+        if width != stride:
+            grads, offsets = _inside(grads, offsets, start, width, stride)
         torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
         return
     if not (set(map(_dtype, grads)) == {out.dtype} and all(map(Tensor.is_contiguous, grads))):
         raise RuntimeError("grads: expected contiguous tensors of the dtype of out")
     # Where there are thousands, handing them over as tensors costs more than the copy.
-    places = array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads)))
-    torch.ops.zerolite.pack_at_(out, torch.frombuffer(places, dtype=torch.int64).view(3, -1), clear, flag, limit)
+    places = torch.frombuffer(
+        array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads))), dtype=torch.int64
+    ).view(3, -1)
+    torch.ops.zerolite.pack_at_(out, places, clear, flag, limit, start, width, stride)
+
+
+def _inside(grads: list[Tensor], offsets: list[int], start: int, width: int, stride: int) -> tuple[list[Tensor], list[int]]:
+    """The parts of gradients in a window, and where they go."""
+    parts, places = [], []
+    for grad, offset in zip(grads, offsets, strict=True):
+        flat = grad.reshape(-1)
+        for row in range(offset // stride, (offset + flat.numel() - 1) // stride + 1):
+            first = row * stride + start
+            lo, hi = max(offset, first), min(offset + flat.numel(), first + width)
+            if lo < hi:
+                parts.append(flat[lo - offset : hi - offset])
+                places.append(lo - first + row * width)
+    return parts, places
 
 
 @functools.cache
