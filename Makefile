@@ -29,8 +29,9 @@ cuda: .venv/.packages
 demo: setup
 	@$(BIN)/python examples/demo.py
 
+# Most tests wait for processes: a worker for each core, each with whatever is next.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(TEST)
 
 lint: setup
 	@$(BIN)/ruff format --check .
