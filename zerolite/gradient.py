@@ -299,7 +299,7 @@ class Gradients:
         packed = self.full if self.lane.transient else None
         held = [t for t in (packed, self.local, self.base) if t is not None] + list(self.arrived.values())
         sources = self.taken if self.flight is None else list(self.flight.result)
-        return held + (self.lane.holds(sources) if sources else [])
+        return held + self.average.leaving() + (self.lane.holds(sources) if sources else [])
 
 
 def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:
