@@ -12,7 +12,7 @@ from models import Net, seeded
 from torch import nn
 
 from zerolite import parts
-from zerolite.layout import ALIGN, Layout, Piece, Slot, aligned, cut
+from zerolite.layout import ALIGN, TINY, Layout, Piece, Slot, aligned, cut, group
 from zerolite.partition import find_units
 from zerolite.placement import STAGES, make_plan, with_rows
 from zerolite.placement import Widths as W
@@ -62,13 +62,18 @@ def test_each_element_is_owned_once(sizes, world, limit):
 @given(numels, st.integers(1, 9), st.integers(1, 2000))
 def test_buckets_keep_order_alignment_and_limit(sizes, world, limit):
     layouts = cut(named(sizes), world, limit)
-    assert [slot.name for layout in layouts for slot in layout.slots] == [name for name, _ in named(sizes)]
-    for layout in layouts:
+    order = [name for name, _ in named(sizes)]
+    found = [[order.index(slot.name) for slot in layout.slots] for layout in layouts]
+    assert sorted(k for members in found for k in members) == list(range(len(sizes)))
+    assert all(members == sorted(members) for members in found[1:]) and found[1:] == sorted(found[1:])
+    joined = [k for k in found[0] if len(found) > 1 and k > found[1][0]]  # small rests of later buckets
+    assert found[0] == sorted(found[0]) and all(aligned(sizes[k]) * TINY < limit for k in joined)
+    for number, layout in enumerate(layouts):
         assert layout.numel % (ALIGN * world) == 0 and layout.shard * world == layout.numel
         assert all(slot.offset % ALIGN == 0 for slot in layout.slots)
         ends = [slot.offset + slot.numel for slot in layout.slots]
         assert all(a <= b.offset for a, b in zip(ends, layout.slots[1:], strict=False)) and ends[-1] <= layout.numel
-        assert len(layout.slots) == 1 or ends[-1] <= limit
+        assert len(layout.slots) == 1 or ends[-1] <= limit or number == 0
         assert layout.numel - ends[-1] < ALIGN * (world + 1)
 
 
@@ -133,6 +138,36 @@ def test_units_of_given_classes_and_tied_parameters():
         find_units(model, [nn.Conv2d])
     with pytest.raises(TypeError, match=r"expected nn\.Module classes"):
         find_units(model, ["Block"])
+
+
+def test_a_module_of_the_root_that_fills_a_bucket_is_a_unit_unless_it_is_tied():
+    def leaves(model, limit, dtype=None):
+        units = find_units(model, None, limit, dtype)
+        assert units[0].module is None
+        return [unit.name for unit in units if unit.leaf]
+
+    untied = seeded(lambda: Net(tied=False))
+    size = 31 * 13 * 4
+    assert leaves(untied, size - 1) == ["embed", "head"] and leaves(untied, size) == []
+    assert leaves(untied, size - 1, torch.bfloat16) == [] and leaves(untied, 100) == ["embed", "norm", "head"]
+    assert leaves(seeded(Net), size - 1) == []
+    untied.blocks[0].extra = untied.head.weight
+    assert leaves(untied, size - 1) == ["embed"]
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 9), "layers": nn.ModuleList([nn.Linear(2, 2)])})
+    assert [(unit.name, len(unit.params)) for unit in find_units(model, None, 100)] == [
+        ("root", 0),
+        ("embed", 1),
+        ("layers.0", 2),
+    ]
+
+
+def test_a_small_rest_joins_the_first_bucket_which_goes_out_last():
+    assert group([100, 1000, 2000, 10, 10], 1000) == [[0], [1], [2], [3, 4]]  # 128 of 1000 elements are not small
+    assert group([2000, 3000, 10, 2000, 20, 5000], 2**14) == [[0, 1, 2, 3, 4, 5]]
+    assert group([20000, 30000, 10, 20000, 20], 2**14) == [[0, 2, 4], [1], [3]]
+    assert group([10, 20000, 10], 2**14) == [[0, 2], [1]] and group([], 5) == []
+    first, *others = cut([("q", 20000), ("k", 20000), ("norm", 10)], 2, 2**14)
+    assert [slot.name for slot in first.slots] == ["q", "norm"] and [slot.name for slot in others[0].slots] == ["k"]
 
 
 def test_every_parameter_is_in_one_unit():

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for
+import torch.nn.functional as F
+from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for, train
 from ranks import on_threads
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import zerolite
+from zerolite.build import BUILT
 from zerolite.comm.local import LocalComm
 
 DTYPES = [None, torch.bfloat16, torch.float16]
@@ -94,6 +98,110 @@ def test_stage_3_gathers_unit_by_unit_with_one_prefetched():
         optimizer.zero_grad()
     # the second time the order is known: after block n only the next is being gathered, and the last one is kept
     assert model.seen == [(n, ["root", f"blocks.{min(n + 1, 4)}"]) for n in range(5)]
+
+
+def test_a_backward_releases_a_unit_before_the_next_is_prefetched():
+    model, optimizer = make(Run(stage=3, bucket_mb=2e-3), LocalComm(), seeded(lambda: Net(blocks=5, tied=False)))
+    units = [unit for unit in optimizer._built.schedule.units if not unit.is_root]
+    seen, phase = [], ["forward"]
+
+    def hear(event, name):
+        if event == "backward":
+            phase[0] = name
+        whole = {unit.name for unit in units if any(bucket.whole for bucket in unit.buckets)}
+        seen.append((phase[0], whole))
+
+    optimizer._built.comm.ledger.listener = hear
+    for step in range(2):
+        seen.clear()
+        loss_of(model, tokens_for(step, 0, 0)).backward()
+        phase[0] = "forward"
+        optimizer.step()
+        optimizer.zero_grad()
+    backward = [whole for when, whole in seen if when == "begin"]
+    assert max(map(len, backward)) == 2 and {"blocks.3", "blocks.4"} in backward and not backward[-1]
+
+
+# ---- leaves: embeddings and heads
+
+
+class Odd(Net):
+    """A model that uses its embedding for the head without tying it, as a module or as a plain function."""
+
+    def __init__(self, first=False):
+        super().__init__(tied=False)
+        self.first = first
+
+    def forward(self, tokens):
+        weight = self.embed.weight if self.first else None
+        x = F.embedding(tokens, weight) if self.first else self.embed(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x * self.scale, use_reentrant=False)
+        return F.linear(self.norm(x), self.embed.weight) + self.head(x)
+
+
+def test_embeddings_and_heads_come_and_go_like_blocks():
+    model, optimizer = make(Run(stage=3, bucket_mb=1e-3), LocalComm(), seeded(lambda: Net(tied=False)))
+    schedule = optimizer._built.schedule
+    assert [unit.name for unit in schedule.units if unit.is_leaf] == ["embed", "head"]
+    whole = []
+    for module in (model.blocks[1], model.head):
+        module.register_forward_pre_hook(lambda m, _: whole.append({u.name for u in schedule.units if u.shown}))
+    for step in range(2):
+        whole.clear()
+        loss_of(model, tokens_for(step, 0, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert whole == [{"root", "blocks.1"}, {"root", "head"}]
+    assert not any(unit.is_root for unit in schedule.units[1:])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_leaf_that_others_read_stays_with_the_root_and_that_is_said_once(first, world, caplog):
+    run = Run(stage=3, bucket_mb=1e-3, clip=0.5)
+    expected = on_threads(world, lambda comm: train(comm, comm.rank, replace(run, stage=2), seeded(lambda: Odd(first))))
+
+    def body(comm):
+        model = seeded(lambda: Odd(first))
+        result = train(comm, comm.rank, run, model)
+        optimizer = BUILT[model]()
+        assert [unit.name for unit in optimizer.schedule.units if unit.is_root] == ["root", "embed"]
+        assert [row.unit for row in optimizer.plan.rows[:3]] == [0, 0, 3] and {type(p) for p in model.parameters()} == {
+            nn.Parameter
+        }
+        return result
+
+    assert equal(on_threads(world, body), expected)
+    assert sum("'embed' are used outside" in record.message for record in caplog.records) == world
+
+
+def test_a_leaf_is_read_between_forward_and_backward_and_in_parts_of_the_model():
+    model, optimizer = make(Run(stage=3, bucket_mb=1e-3), LocalComm(), seeded(lambda: Net(tied=False)))
+    like = seeded(lambda: Net(tied=False))
+    assert model.embed.weight.isnan().all()  # nothing is in use
+    tokens = tokens_for(0, 0, 0)
+    losses = []
+    for m in (model, like):
+        hidden = m.blocks[0](m.embed(tokens))
+        losses.append(F.linear(hidden, m.embed.weight).square().sum() + m.head(hidden).square().sum())
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    grads = optimizer.full_grads()
+    assert all(torch.equal(grads[name], p.grad) for name, p in like.named_parameters() if p.grad is not None)
+    assert model.embed.weight.isnan().all() and not model.embed.__dict__.get("_zerolite_wait")
+
+
+def test_a_forward_that_fails_leaves_leaves_as_they_are_read():
+    model, _ = make(Run(stage=3, bucket_mb=1e-3), LocalComm(), seeded(lambda: Net(tied=False)))
+    expected = loss_of(seeded(lambda: Net(tied=False)), tokens_for(0, 0, 0))
+    handle = model.norm.register_forward_pre_hook(lambda m, _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model, tokens_for(0, 0, 0))
+    handle.remove()
+    state = model.state_dict()
+    assert torch.equal(state["embed.weight"], seeded(lambda: Net(tied=False)).embed.weight)
+    assert torch.equal(loss_of(model, tokens_for(0, 0, 0)), expected)
 
 
 def test_released_parameters_keep_shape_dtype_and_device_and_never_lie():

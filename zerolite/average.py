@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerolite.buffer import Link, Mark, Reached, Ring, Room, zeros
+from zerolite.buffer import Leaving, Link, Mark, Reached, Ring, Room, zeros
 from zerolite.comm import Pending
 from zerolite.feed import Feed
-from zerolite.kernels import LIMBS, reduce_, reduce_squares_
+from zerolite.kernels import LIMBS, reduce_, reduce_squares_, square_sum_
 from zerolite.worker import Worker
 
 Cut = tuple[int, int]  # a range of elements of a shard
@@ -60,6 +60,10 @@ class Average(Protocol):
         """Its memory."""
         ...
 
+    def leaving(self) -> list[Tensor]:
+        """What is on its way to that memory."""
+        ...
+
 
 class Parts:
     """The parts of parameters in a shard: where the squares of each range of it are added."""
@@ -80,6 +84,9 @@ class Parts:
 
 class Prompt:
     """Rounds are waited for where they are taken in."""
+
+    def leaving(self) -> list[Tensor]:
+        return []
 
     def receive(self, flight: Pending, mean: float, done: Callable[[], None], cut: Cut) -> None:
         self._add(list(flight.wait()), mean, done, cut)
@@ -163,7 +170,7 @@ class Staging:
     def __init__(self, link: Link, worker: Worker) -> None:
         self.link = link
         self.worker = worker
-        self.leaving = Ring(link.near)  # averages on the device, until they are copied
+        self.leaving = Leaving(link)  # averages on the device, until they are copied
         self.later = Ring(link.host)  # rounds after the first, until they are added
         self.feed: Feed | None = None  # averages rest on the device until the update; None: on the host
 
@@ -188,29 +195,26 @@ class Far(Prompt):
         self.kept = {dtype: self.link.host.zeros(numel, dtype)}  # by dtype: pinning is too dear to be done in a step
         self.coming: Mark = Reached()
         self.last: Mark = Reached()  # of what was cleared: it may still be written
+        self.sent: Mark | None = None  # the copy of its last round
         self.sums = torch.zeros(len(spans), LIMBS, dtype=torch.int64, device=self.summed.device)
         self.squares: Tensor | None = None
 
     def _add(self, sources: list[Tensor], mean: float, done: Callable[[], None], cut: Cut) -> None:
         leaving, later = self.staging.leaving, self.staging.later
-        turn, fresh = leaving.lend(self.numel, sources[0].dtype)
-        leaving.used[turn].wait()
+        leaving.clear()  # before the next is made
+        first = self.value is None
+        fresh = self._average(sources, mean, first)
+        done()
         if self.value is None:
-            self.squares = self.sums.zero_()
-            reduce_squares_(fresh, self.sums, sources, self.parts.rows, mean)
-            done()
             self.last.sync()
             self.value = self._room(fresh.dtype)
-            self.coming = leaving.used[turn] = self.link.down(self.value, fresh)
+            self.coming = self.sent = leaving.send(self.value, fresh)
             return
-        reduce_(fresh, sources, mean, False)
-        done()
-        self.squares = None
         if self.value.dtype != torch.float32:
             self.widen()
         place, slot = later.lend(self.numel, fresh.dtype)
         later.used[place].sync()
-        came = leaving.used[turn] = self.link.down(slot, fresh)
+        came = self.sent = leaving.send(slot, fresh)
         before, value = self.coming, self.value
 
         def join() -> None:
@@ -219,6 +223,19 @@ class Far(Prompt):
             reduce_(value, [slot], 1.0, True)
 
         self.coming = later.used[place] = self.staging.worker.submit(join)
+
+    def _average(self, sources: list[Tensor], mean: float, first: bool) -> Tensor:
+        """A round's average on the device; the squares of the first one are summed as it passes."""
+        lone = len(sources) == 1 and mean == 1.0  # it is what came
+        fresh = sources[0] if lone else torch.empty_like(sources[0])
+        self.squares = self.sums.zero_() if first else None
+        if self.squares is None and not lone:
+            reduce_(fresh, sources, mean, False)
+        elif self.squares is not None and lone:
+            square_sum_(self.squares, sources, self.parts.rows, mean)
+        elif self.squares is not None:
+            reduce_squares_(fresh, self.squares, sources, self.parts.rows, mean)
+        return fresh
 
     def settled(self) -> Tensor | None:
         self.coming.sync()
@@ -244,11 +261,16 @@ class Far(Prompt):
 
     def clear(self, keep: bool) -> None:
         self.value = self.squares = None
+        self.staging.leaving.clear()
         if not isinstance(self.coming, Reached):
             self.last, self.coming = self.coming, Reached()
 
     def held(self) -> list[Tensor]:
         return list(self.kept.values())
+
+    def leaving(self) -> list[Tensor]:
+        sent = self.staging.leaving
+        return [sent.tensor] if sent.tensor is not None and sent.mark is self.sent else []
 
 
 class Joint(Far):

@@ -1,38 +1,73 @@
-"""The most that one backward holds beside what rests, where parameters rest sharded: the schedule of units, in integers.
+"""The most that one backward holds beside what rests, where rounds go out as they are complete: the schedule, in integers.
 
-Buckets go out in one order, last parameters first. Unit k is reached while the unit after it is still whole and the one
-before it is prefetched; then the one after it is released. The root stays whole.
+Buckets go out in one order, last parameters first. Where parameters rest sharded unit k is reached when the unit after it is
+released, and the one before it is prefetched. The root stays whole.
 
-    reach unit 3     whole: root, 4, 3, 2      in flight: the last bucket of unit 4
-    bucket of 3      whole: root, 3, 2         in flight: this bucket and the one before it
-    reach unit 2     whole: root, 3, 2, 1
+    reach unit 3     whole: root, 3, 2      in flight: the last bucket of unit 4; leaving: the one before
+    bucket of 3      whole: root, 3, 2      in flight: this bucket and the one before it; leaving: the one before that
+    reach unit 2     whole: root, 2, 1
 
-Gradients of the root that come before the units' (a head) wait as autograd gave them, since their buckets go out last.
+A round that comes from other ranks is averaged while the next one is on its way; one that needs nobody else is averaged at
+once. Then it leaves, where averages rest on the host: one at a time (buffer.Leaving). Gradients of the root that come before
+the units' (a final norm) wait as autograd gave them, since their buckets go out last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from zerolite.placement import Plan
+
+FP32 = 4  # bytes of an element of a sum
 
 
 class Trip(NamedTuple):
     """One bucket in the order of the forward: bytes."""
 
     unit: int  # 0: the root
-    full: int  # the whole bucket, parameters or gradients
+    full: int  # the whole bucket, where it is gathered for the backward
     arrived: int  # its gradients without padding; 0 where it is not trained
     early: int  # of these, what comes before the gradients of the units
     packed: int  # its packed copy, beside what rests
-    flight: int  # slices to and from other ranks
+    flight: int  # slices to and from other ranks; 0: its round is averaged at once
     missing: int  # of what rests after the backward, what is not there before its turn
+    leaving: int = 0  # its average, which leaves the device
 
 
 class Most(NamedTuple):
     """Bytes at the highest moment."""
 
     units: int  # whole units
-    flight: int  # gradients on their way, less those at rest that are still to come
+    flight: int  # gradients until they are averaged, less those at rest that are still to come
+    leaving: int = 0  # the average that is on its way to the host
+
+
+def highest(plan: Plan) -> Most:
+    """The highest moment of a plan's backward."""
+    setting, found = plan.setting, []
+    rounds, far = setting.micro_batches, plan.size - setting.here if setting.shared else plan.size
+    for row in plan.rows:
+        full, packed, flight, missing = row.full, 0, 0, 0
+        leaves = plan.leaves and not row.kept
+        if rounds == 2:  # sums that are not fp32 yet
+            missing = row.layout.shard * (FP32 - row.widths.param)
+        if setting.slots:
+            pass  # packed in memory that is counted by itself, and nothing comes back to the device
+        elif not plan.alone:
+            packed, flight = 0 if setting.shared else full, 2 * full * far // plan.size
+        elif rounds == 1 and not leaves:
+            missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
+        elif rounds > 2 or row.widths.param == FP32 or leaves:
+            packed = full  # a further round is a tensor of its own, and so is one that leaves
+        if plan.leaves:
+            missing = 0  # they come to rest in the other memory
+        arrived, early = (elements * row.widths.param * row.trained for elements in (row.layout.used, row.early))
+        whole = full if plan.params.sharded and not plan.once else 0
+        leaving = row.layout.shard * row.widths.param * leaves
+        found.append(Trip(row.unit, whole, arrived, early, packed, flight, missing * row.trained, leaving))
+    return most(found)
 
 
 def most(trips: Sequence[Trip]) -> Most:
@@ -43,23 +78,23 @@ def most(trips: Sequence[Trip]) -> Most:
     units = sorted(set(whole) - {0})
     missing = sum(trip.missing for trip in trips)
     early = sum(trip.early for trip in trips)
-    before, reached = 0, 0
+    before, left, coming = 0, 0, 0  # the round before: slices, what leaves, what will leave once it is averaged
     moments = [Most(0, 0)]
-
-    def look(near: Sequence[int], flight: int) -> None:
-        held = sum(whole.get(unit, 0) for unit in (0, *near))
-        moments.append(Most(held + min(flight, 0), max(flight, 0)))
 
     for trip in reversed(trips):  # the root's buckets are listed first, so they go out last
         at = units.index(trip.unit) if trip.unit else 0
         near = units[max(at - 1, 0) : at + 1] if trip.unit else []
-        if trip.unit != reached and trip.unit:
-            look(units[max(at - 1, 0) : at + 2], early + before - missing)
-        reached = trip.unit
+        held = sum(whole.get(unit, 0) for unit in (0, *near))
+
+        def look(flight: int, held: int = held, leaving: int = 0) -> None:
+            moments.append(Most(held + min(flight, 0), max(flight, 0), leaving))
+
+        look(early + before - missing, leaving=max(left, coming))  # its unit is reached
         if trip.arrived:
             early -= trip.early
             missing -= trip.missing
-            look(near, early + max(trip.arrived + trip.packed, trip.flight) + before - missing)
+            look(early + max(trip.arrived + trip.packed, trip.flight) + before - missing, leaving=max(left, coming))
+            left, coming = (coming, trip.leaving) if trip.flight else (trip.leaving, 0)
             before = trip.flight
     return max(moments, key=sum)
 

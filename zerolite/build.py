@@ -77,9 +77,8 @@ class Built:
     def plan(self) -> Plan:
         """The plan with the present buckets."""
         rows = []
-        numbers: dict[int, int] = {}  # units from 1, the root is 0
-        for unit in self.owner.values():
-            numbers.setdefault(id(unit), 0 if unit.is_root else len(numbers) + 1)
+        units = self.schedule.units if self.schedule is not None else []
+        numbers = {id(unit): 0 if unit.is_root else number for number, unit in enumerate(units, 1)}
         for bucket in self.buckets:
             layout, param, rest, trained = bucket.row
             widths = Widths(param, rest + self.rule.width, self.rule.group_width, rest)
@@ -182,13 +181,14 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     for spec in checked.specs:
         members = [by_param[p] for _, p in spec.params if plan.params.sharded or p.requires_grad]
         made = _cut(spec.name, members, checked, comm, keeper)
-        unit = Unit(spec.name, made, spec.module is None)
+        unit = Unit(spec.name, made, spec.module is None, spec.leaf)
         owner.update({id(bucket): unit for bucket in made})
         unit.release()
         units.append(unit)
         buckets += made
     if model is not None and (asleep or any(buffer.is_meta for buffer in model.buffers())):
-        modules = {spec.module for spec in find_units(model, checked.classes) if spec.module is not None}
+        specs = find_units(model, checked.classes, checked.limit, checked.dtype)
+        modules = {spec.module for spec in specs if spec.module is not None}
         fresh = [b for b in buckets if b.entries[0].param in asleep]
         Materialise(model, asleep, entries, comm).run(fresh, modules)
     copy_the_rest(entries, checked.dtype, model, comm)
@@ -199,6 +199,8 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
+    if staging is not None:
+        reducer.at_end.append(staging.leaving.clear)
     reducer.wait = updates.settle
     reducer.at_start.append(updates.settle)  # a backward writes to the gradients that updates read
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))

@@ -54,8 +54,9 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     entries, device = _entries(optimizer, model, plan)
     if model is not None:
         Recipes(model).check(model)
+    limit = max(int(options["bucket_mb"] * 2**20), 1)
     if plan.params.sharded and model is not None:
-        specs = find_units(model, options["units"])
+        specs = find_units(model, options["units"], limit, dtype)
     else:
         specs = [UnitSpec("bucket", None, [(e.name, e.param) for e in entries])]
     if dtype is not None:
@@ -67,7 +68,6 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
                     f"parameter '{entry.name}': param_dtype={dtype} expects float32 parameters (or its own dtype), got "
                     f"{entry.param.dtype}."
                 )
-    limit = max(int(options["bucket_mb"] * 2**20), 1)
     classes = options["units"] if plan.params.sharded else None
     rule = make_rule(optimizer, options["moments"])
     if options["update"] == "stream" and not rule.threaded:

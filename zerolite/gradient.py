@@ -355,7 +355,7 @@ class Gradients:
         flights = self.flights if self.taken is None else [self.taken, *self.flights]
         for flight in flights:
             held += self.lane.holds(flight.number, list(flight.pending.result))
-        return held
+        return held + self.average.leaving()
 
 
 def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -114,7 +114,8 @@ class Hooks:
         inputs = used(outputs, inputs) if outputs else []
         call = _Call(unit, schedule, len(inputs))
         for tensor in outputs:
-            tensor.register_hook(call.reach)
+            # Hooks of a node run after those of its tensors: the unit that took this tensor has passed, and is released.
+            tensor.grad_fn.register_prehook(call.reach)  # type: ignore[union-attr]
             base = tensor._base if tensor._is_view() else None
             if base is not None and base.grad_fn is not None:  # a later in-place write gives the view another node
                 base.grad_fn.register_prehook(call.reach)

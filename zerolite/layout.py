@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 ALIGN = 64
+TINY = 16  # a bucket that is filled to less than this part, beside others, is not worth a message of its own
 
 
 @dataclass(frozen=True)
@@ -76,28 +77,40 @@ def aligned(numel: int, to: int = ALIGN) -> int:
     return -(-numel // to) * to
 
 
-def cut(parameters: Sequence[tuple[str, int]], size: int, limit: int) -> list[Layout]:
-    """Cuts parameters (name, numel), in order, into buckets of at most `limit` elements.
+def group(numels: Sequence[int], limit: int) -> list[list[int]]:
+    """Which parameters, of these sizes in their order, share a bucket of at most `limit` elements: positions.
 
-    A parameter is never split between buckets (its tensor must stay one view); one that is larger than
-    `limit` has a bucket of its own. `size` is the world size. Raises ValueError for size or limit below 1.
+    One that is larger than `limit` has a bucket of its own. A rest that fills less than a TINY-th of a bucket joins the first
+    bucket, which goes out last: the norms that a block lists after its matrices are complete when all of its backward has run,
+    and would hold up the gradients of everything before them.
+    """
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for index, numel in enumerate(numels):
+        if not groups or sizes[-1] + numel > limit:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(index)
+        sizes[-1] += aligned(numel)
+    tiny = [k > 0 and size * TINY < limit for k, size in enumerate(sizes)]
+    joined = [index for small, members in zip(tiny, groups, strict=True) if small for index in members]
+    kept = [members for small, members in zip(tiny, groups, strict=True) if not small]
+    return [kept[0] + joined, *kept[1:]] if kept else []
+
+
+def cut(parameters: Sequence[tuple[str, int]], size: int, limit: int) -> list[Layout]:
+    """Cuts parameters (name, numel), in order, into buckets of about `limit` elements, as `group` says.
+
+    A parameter is never split between buckets (its tensor must stay one view). `size` is the world size. Raises ValueError
+    for size or limit below 1.
     """
     if size < 1 or limit < 1:
         raise ValueError(f"cut: expected a world size and a limit of at least 1, got {size} and {limit}")
     layouts: list[Layout] = []
-    slots: list[Slot] = []
-    end = 0
-
-    def close() -> None:
-        nonlocal slots, end
-        if slots:
-            layouts.append(Layout(tuple(slots), aligned(end, ALIGN * size), size))
+    for members in group([numel for _, numel in parameters], limit):
         slots, end = [], 0
-
-    for name, numel in parameters:
-        if slots and end + numel > limit:
-            close()
-        slots.append(Slot(name, end, numel))
-        end += aligned(numel)
-    close()
+        for name, numel in (parameters[k] for k in members):
+            slots.append(Slot(name, end, numel))
+            end += aligned(numel)
+        layouts.append(Layout(tuple(slots), aligned(end, ALIGN * size), size))
     return layouts

@@ -1,18 +1,21 @@
 """Which parameters travel together: units of a model, and the checks that every parameter passes.
 
 A *unit* is gathered and released as one where parameters rest sharded. By default each child of an
-outermost ModuleList or Sequential is a unit (the blocks of a transformer), and what remains is the root.
+outermost ModuleList or Sequential is a unit (the blocks of a transformer), and what remains is the root. A *leaf* is a
+module of the root that fills a bucket with parameters of its own (an embedding, a head): a unit too, as long as nobody
+reads its parameters outside of its forward (unit.py).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from zerolite.layout import Layout, cut
+from zerolite.layout import Layout, cut, group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,17 +27,22 @@ class UnitSpec:
     name: str
     module: nn.Module | None
     params: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    leaf: bool = False
 
 
-def find_units(model: nn.Module, classes: Iterable[type[nn.Module]] | None) -> list[UnitSpec]:
+def find_units(
+    model: nn.Module, classes: Iterable[type[nn.Module]] | None, limit: float = float("inf"), dtype: torch.dtype | None = None
+) -> list[UnitSpec]:
     """Root first, then the units in the order of the module tree, each parameter in one of them.
 
-    A parameter that two units use (tied weights) belongs to the root, which stays gathered while they run.
+    A parameter that two units use (tied weights) belongs to the root, which stays gathered while they run. `limit` and
+    `dtype` are those of `cut_buckets`: a leaf is larger. Where there is one, there is a root for it to join, perhaps empty.
     Raises TypeError where `classes` holds something else than module classes, ValueError where none occurs.
     """
     chosen = tuple(classes) if classes is not None else None
     if chosen is not None and not all(isinstance(c, type) and issubclass(c, nn.Module) for c in chosen):
         raise TypeError(f"units: expected nn.Module classes such as [TransformerBlock], got {chosen!r}")
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     units: list[UnitSpec] = []
 
     def walk(module: nn.Module, name: str) -> None:
@@ -44,11 +52,13 @@ def find_units(model: nn.Module, classes: Iterable[type[nn.Module]] | None) -> l
             is_unit = isinstance(child, chosen) if chosen is not None else listed
             if is_unit and any(True for _ in child.parameters()):
                 units.append(UnitSpec(path, child))
+            elif _is_leaf(child, uses, limit, dtype):
+                units.append(UnitSpec(path, child, leaf=True))
             else:
                 walk(child, path)
 
     walk(model, "")
-    if chosen is not None and not units:
+    if chosen is not None and all(unit.leaf for unit in units):
         names = ", ".join(c.__name__ for c in chosen)
         raise ValueError(f"units: no module of class {names} in the model. Name a class that occurs in it.")
     root = UnitSpec("root", None)
@@ -64,7 +74,16 @@ def find_units(model: nn.Module, classes: Iterable[type[nn.Module]] | None) -> l
                 owner[p] = root
     for name, p in model.named_parameters():
         owner[p].params.append((name, p))
-    return [unit for unit in [root, *units] if unit.params]
+    leaves = any(unit.leaf for unit in units)
+    return [unit for unit in [root, *units] if unit.params or (leaves and unit is root)]
+
+
+def _is_leaf(module: nn.Module, uses: Counter[nn.Parameter], limit: float, dtype: torch.dtype | None) -> bool:
+    """Whether a module's parameters are its own, plain, tied to no other module's, and more than fill a bucket."""
+    own = list(module.parameters(recurse=False))
+    if len(own) < len(list(module.parameters())) or any(uses[p] > 1 or type(p) is not nn.Parameter for p in own):
+        return False
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in own) > limit
 
 
 @dataclass(frozen=True)
@@ -89,11 +108,11 @@ def cut_buckets(params: Sequence[tuple[str, Tensor]], size: int, dtype: torch.dt
     specs: list[BucketSpec] = []
     for (own, trained, _), members in kinds.items():
         target = dtype or own
-        position = 0
         elements = max(limit // torch.finfo(target).bits * 8, 1)
-        for layout in cut([(params[k][0], params[k][1].numel()) for k in members], size, elements):
-            specs.append(BucketSpec(layout, members[position : position + len(layout.slots)], target, trained))
-            position += len(layout.slots)
+        sizes = [(params[k][0], params[k][1].numel()) for k in members]
+        parts = group([numel for _, numel in sizes], elements)
+        for layout, part in zip(cut(sizes, size, elements), parts, strict=True):
+            specs.append(BucketSpec(layout, [members[k] for k in part], target, trained))
     return specs
 
 
@@ -103,9 +122,9 @@ def names_of(model: nn.Module | None, groups: list[dict]) -> dict[nn.Parameter, 
     if model is not None:
         for name, p in model.named_parameters():
             names.setdefault(p, name)
-    for g, group in enumerate(groups):
-        given = group.get("param_names")
-        for k, p in enumerate(group["params"]):
+    for g, chosen in enumerate(groups):
+        given = chosen.get("param_names")
+        for k, p in enumerate(chosen["params"]):
             names.setdefault(p, given[k] if given is not None else f"group {g} parameter {k}")
     return names
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerolite.backward import top
+from zerolite.backward import FP32, top
 from zerolite.layout import ALIGN
 
 PART = 4 << 20  # bytes of a part on one rank: so few that what was packed is still in the caches when it is read
 REGIONS = 4  # parts that are in flight at once: as far as a rank can be ahead of the slowest
-_WIDEST = 4  # bytes of an element of a round that begins with local fp32 sums
 
 
 def part_room(size: int, sizes: Sequence[tuple[int, int]]) -> int:
@@ -20,7 +19,9 @@ def part_room(size: int, sizes: Sequence[tuple[int, int]]) -> int:
 
     sizes  elements of a shard, and bytes of an element, of each bucket
     """
-    return max(min(PART, top([size * shard * width for shard, width in sizes])), size * ALIGN * _WIDEST)
+    return max(
+        min(PART, top([size * shard * width for shard, width in sizes])), size * ALIGN * FP32
+    )  # rounds that begin with local sums are fp32
 
 
 def parts_of(shard: int, size: int, width: int, room: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from zerolite.backward import Most, Trip, most, pair, passing, top
+from zerolite.backward import FP32, highest, pair, passing, top
 from zerolite.layout import ALIGN, Layout
 from zerolite.options import check_gradients
 from zerolite.parts import arena, part_room
@@ -21,7 +21,6 @@ TERMS = ("params", "grads", "states")
 CHUNK = 4 << 20  # elements of a chunk of states on its way (stream.py): long enough for the full speed of a bus
 SLOTS = 2  # chunks on their way at once
 TURNS = 2  # rounds of transient gradients that are in flight at once (Reducer._advance)
-FP32 = 4  # bytes of an element of a sum
 
 #: From this many ranks on, a bucket whose slices are smaller than this many bytes is reduced by the group itself: an
 #: exchange sends a message to each rank, and small messages are bound by latency.
@@ -72,6 +71,11 @@ class Plan:
     def near(self) -> bool:
         """Whether gradients rest on the device, though states rest apart from it."""
         return self.apart and self.grads.home == "device"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether rounds leave the device as they are averaged."""
+        return self.apart and not self.near
 
     def _half(self) -> int:
         """Compute-dtype parameters on the host: an update needs them beside the states, and they are what travels back."""
@@ -143,8 +147,8 @@ class Plan:
             filling = top(buckets) if self.setting.shared else top(buckets[-1:])
             yield self._term("buckets in flight", "backward", "device", max(filling, self._at_the_last_backward(buckets)))
             yield self._term("exchange", "step", self.grads.home, self._at_the_step(buckets))
-        if self.params.sharded and not self._home:
-            yield self._term("units in use", "backward", "device", self._backward().units)
+        if self.params.sharded and not self.once:
+            yield self._term("units in use", "backward", "device", highest(self).units)
         if self.apart:
             yield from self._crossing()
 
@@ -170,15 +174,17 @@ class Plan:
 
     def _leaving(self, away: Sequence[Row], ranges: list[int]) -> Iterator[Term]:
         """Rounds that leave the device as they are averaged."""
-        if self.setting.slots:  # packed buckets on the device, and fp32 slots for them
-            ranges = [part_room(self.size, _sizes(away))]
+        if self.setting.slots:  # packed parts, and slots for them; later rounds are added where they are read
+            room = part_room(self.size, _sizes(away))
             yield self._term("slots of rounds", "always", "host", arena(self.size, _sizes(away)))
-        yield self._term("rounds on their way", "always", "device", TURNS * top(ranges))
+            yield self._term("rounds on their way", "always", "device", TURNS * room)
+            return
+        yield self._term("rounds on their way", "backward", "device", highest(self).leaving)
         if self.setting.micro_batches > 1:
             yield self._term("later rounds", "always", "host", TURNS * top(ranges))
 
     @property
-    def _home(self) -> bool:
+    def once(self) -> bool:
         """Whether a host's ranks hold all parameters in one home, so that a gather copies nothing."""
         return self.setting.shared and self.setting.here == self.size
 
@@ -200,8 +206,8 @@ class Plan:
         """Buckets between autograd and the average, where rounds go out as they are complete."""
         if self.setting.shared and not self.alone:
             yield self._term("shared arena", "always", "host", arena(self.size, _sizes(self.trained)))
-        if self.params.sharded:
-            flight = self._backward().flight
+        if self.params.sharded or self.leaves:
+            flight = highest(self).flight
         elif self.alone:
             # a further round is a tensor of its own; where its average grows to fp32 by it, that is counted already
             rounds = self.setting.micro_batches
@@ -209,27 +215,6 @@ class Plan:
         else:  # the bucket that is being filled, or the round being averaged and the next one: what was packed, and the slices
             flight = top(buckets) + self._far(buckets) if self.setting.shared else 2 * pair(buckets)
         yield self._term("buckets in flight", "backward", "device", flight)
-
-    def _backward(self) -> Most:
-        """The highest moment of a backward where parameters rest sharded."""
-        rounds, far = self.setting.micro_batches, self.size - self.setting.here if self.setting.shared else self.size
-        trips = []
-        for layout, widths, trained, unit, _, early in self.rows:
-            full, packed, flight, missing = layout.numel * widths.param, 0, 0, 0
-            if rounds == 2:  # sums that are not fp32 yet
-                missing = layout.shard * (FP32 - widths.param)
-            if not self.alone:
-                packed, flight = 0 if self.setting.shared else full, 2 * full * far // self.size
-            elif rounds == 1:
-                missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
-            elif rounds > 2 or widths.param == FP32:
-                packed = flight = full  # a further round is a tensor of its own, until the next one has gone out
-            if self.setting.device != "cpu" and self.grads.home == "host":
-                missing = 0  # they come to rest in the other memory
-            arrived, early = layout.used * widths.param * trained, early * widths.param * trained
-            whole = 0 if self._home else full
-            trips.append(Trip(unit, whole, arrived, early, packed, flight, missing * trained))
-        return most(trips)
 
     def _at_the_step(self, buckets: Sequence[int]) -> int:
         """Slices that come from other ranks, where gradients rest whole; or, where states do, one bucket's whole average."""

@@ -85,9 +85,9 @@ class Question:
         key = (sharded, world)
         if key not in self._cuts:
             units = [UnitSpec("bucket", None, [(name, p) for name, p in self.params if p.requires_grad])]
-            if sharded and self.model is not None:
-                units = find_units(self.model, self.options["units"])
             limit = max(int(self.options["bucket_mb"] * 2**20), 1)
+            if sharded and self.model is not None:
+                units = find_units(self.model, self.options["units"], limit, self.options["param_dtype"])
             self._cuts[key] = [
                 (0 if unit.module is None else number + 1, spec)
                 for number, unit in enumerate(units)

@@ -122,13 +122,16 @@ class Reducer:
 
     def _advance(self) -> None:
         """Sends complete buckets while they are next in order, where gradients rest sharded; the one sent before is averaged
-        meanwhile."""
+        meanwhile, and what is there at once at once."""
         if not self.plan.grads.sharded:
             return
         while self.next < len(self.order) and grads_of(self.order[self.next]).complete:
-            grads_of(self.order[self.next]).start()
+            grads = grads_of(self.order[self.next])
+            grads.start()
             if self.next > 0:
                 grads_of(self.order[self.next - 1]).finish()
+            if not any(flight.pending.under_way for flight in grads.flights):
+                grads.finish()
             self.next += 1
 
     def leave(self) -> None:

@@ -1,20 +1,28 @@
 """Units: modules whose parameters are whole only while they are in use, where parameters rest sharded.
 
     forward     enter -> gather my buckets, prefetch the unit that followed last time -> run -> leave: release
-    backward    reach (a gradient enters one of my outputs) -> gather, prefetch the unit before me
-                -> done (my inputs' gradients exist, my parameters' gradients are collected): release
+    backward    done of the unit after me (its inputs' gradients exist, its parameters' gradients are collected): release
+                -> reach (a gradient enters one of my outputs) -> gather, prefetch the unit before me
 
-The root unit (what belongs to no other unit) stays whole from the forward to the end of the backward.
+So two units are whole at once. The root unit (what belongs to no other unit) stays whole from the forward to the end of
+the backward. A leaf (an embedding, a head) comes and goes like a block. Others may read a block's parameters only while it
+runs, but a leaf's have always been there for all of the model (`F.linear(x, embed.weight)`), so they watch themselves
+(pending.py): the first use outside of the leaf's own forward makes it whole, and from then on it stays like the root.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from zerolite.bucket import Bucket
+from zerolite.pending import mark, unmark
+
+log = logging.getLogger("zerolite")
 
 
 class Unit:
@@ -22,16 +30,18 @@ class Unit:
 
     name: str
     buckets: list[Bucket]
-    is_root: bool
+    is_root: bool  # stays whole: the root, and leaves whose parameters others read
+    is_leaf: bool  # a module of the root that is a unit as long as nobody else reads its parameters
     reached: bool  # the backward needs it now
     inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
     before: int  # gradients that its buckets had collected before this backward
     calls: list[list[Tensor]]  # forward calls under way: the inputs that require a gradient
 
-    def __init__(self, name: str, buckets: list[Bucket], is_root: bool) -> None:
+    def __init__(self, name: str, buckets: list[Bucket], is_root: bool, is_leaf: bool = False) -> None:
         self.name = name
         self.buckets = buckets
         self.is_root = is_root
+        self.is_leaf = is_leaf
         self.calls = []
         self.before = 0
         self.forget()
@@ -63,14 +73,25 @@ class Unit:
             bucket.gather()
 
     def ready(self) -> None:
+        self.unwatch()
         for bucket in self.buckets:
             bucket.gather()
         for bucket in self.buckets:
             bucket.ready()
 
     def release(self) -> None:
+        self.unwatch()
         for bucket in self.buckets:
             bucket.release()
+
+    def watch(self, call: Callable[[], None]) -> None:
+        """call() before anyone uses a parameter of a leaf, until it is whole or `unwatch`."""
+        if self.is_leaf and not self.shown and not mark((p for bucket in self.buckets for p in bucket.params), call):
+            call()  # a parameter was given a class of its own, which may not be changed
+
+    def unwatch(self) -> None:
+        if self.is_leaf:
+            unmark(p for bucket in self.buckets for p in bucket.params)
 
 
 class Schedule:
@@ -81,6 +102,7 @@ class Schedule:
     seen: list[Unit]  # the same for the forward under way
     borrowed: Unit | None  # gathered for someone who reads or writes parameters outside of a forward
     held: bool  # inside full_params(): nothing is released
+    open: bool  # units are in use: leaves that are released watch themselves
     pinned: bool  # a backward with create_graph: what it needs again stays whole until the step
     in_backward: Callable[[], bool]
     begin_backward: Callable[[], None]
@@ -92,11 +114,28 @@ class Schedule:
         self.order = []
         self.seen = []
         self.borrowed = None
-        self.held = self.pinned = False
+        self.held = self.pinned = self.open = False
 
     def _release(self, unit: Unit) -> None:
         if not (self.held or self.pinned):
             unit.release()
+            self._watch(unit)
+
+    def _watch(self, unit: Unit) -> None:
+        if self.open:
+            unit.watch(functools.partial(self.read, unit))
+
+    def read(self, leaf: Unit) -> None:
+        """Someone uses a leaf's parameters outside of its forward (every rank does): they stay, as the root's do."""
+        if not leaf.is_root:
+            log.warning(
+                "zerolite: parameters of '%s' are used outside of its forward: they stay whole (%d bytes) from the forward to "
+                "the end of the backward.",
+                leaf.name,
+                sum(bucket.full.numel() * bucket.full.element_size() for bucket in leaf.buckets),
+            )
+        leaf.is_root = True
+        leaf.ready()
 
     def unpin(self) -> None:
         """A step comes: whatever was kept for a further backward goes."""
@@ -133,6 +172,10 @@ class Schedule:
         """The forward needs `unit` now."""
         if unit not in self.seen:
             self.seen.append(unit)
+        if not self.open:
+            self.open = True
+            for leaf in self.units:
+                self._watch(leaf)
         unit.ready()
         if not unit.reached:
             self._prefetch(unit, -1 if self.in_backward() else 1)
@@ -171,7 +214,9 @@ class Schedule:
         self.pinned = self.pinned or torch.is_grad_enabled()  # create_graph=True: a double backward needs weights again
         unit.reached = True
         unit.inputs += has_inputs
-        unit.ready()
+        for other in self.units if unit.is_root else (unit,):
+            if other is unit or other.is_root:
+                other.ready()
         self._prefetch(unit, -1)
 
     def passed(self, unit: Unit) -> None:
@@ -190,7 +235,9 @@ class Schedule:
 
     def release_all(self) -> None:
         """Nothing is in use: the end of a backward, of a forward without gradients, or a step."""
+        self.open = False
         for unit in self.units:
+            unit.unwatch()
             self._release(unit)
             unit.forget()
         self.borrowed = None

@@ -232,7 +232,8 @@ class Apart:
         task.after.meet(task.arrived)
         self.tasks.pop(bucket, None)
         bucket.settle = None
-        unmark(entry.param for entry in bucket.entries)
+        if not bucket.plan.params.sharded:
+            unmark(entry.param for entry in bucket.entries)
 
     def settle(self) -> None:
         for bucket in list(self.tasks):

@@ -65,11 +65,12 @@ class Cuda:
     def now(self) -> Mark:
         return Event(torch.cuda.current_stream(self.device))
 
-    def down(self, out: Tensor, source: Tensor) -> Mark:
+    def down(self, out: Tensor, source: Tensor, kept: bool = False) -> Mark:
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._down):
             out.copy_(source, non_blocking=True)
-        source.record_stream(self._down)
+        if not kept:
+            source.record_stream(self._down)
         return Event(self._down)
 
     def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:

@@ -48,7 +48,8 @@ class Reached:
 
 
 class Link(Protocol):
-    """Copies between a device and host memory. Calls return at once; every tensor is kept until its copy is done."""
+    """Copies between a device and host memory. Calls return at once; every tensor is kept until its copy is done (kept: by
+    the caller, until the device waits for the mark)."""
 
     kind: str  # "cpu", "cuda" or "simulated"
     device: torch.device  # what the model computes on
@@ -60,7 +61,7 @@ class Link(Protocol):
         """Everything that this thread has asked of the device so far."""
         ...
 
-    def down(self, out: Tensor, source: Tensor) -> Mark:
+    def down(self, out: Tensor, source: Tensor, kept: bool = False) -> Mark:
         """Copies a device tensor to the host, after all that this thread has asked of the device."""
         ...
 
@@ -94,7 +95,7 @@ class Same:
     def now(self) -> Mark:
         return Reached()
 
-    def down(self, out: Tensor, source: Tensor) -> Mark:
+    def down(self, out: Tensor, source: Tensor, kept: bool = False) -> Mark:
         out.copy_(source)
         return Reached()
 

@@ -1,11 +1,11 @@
-"""Memory that is lent in turns to what is on its way."""
+"""Memory of what is on its way: lent in turns, or kept until it has left."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from zerolite.buffer.link import Mark, Reached
+from zerolite.buffer.link import Link, Mark, Reached
 from zerolite.buffer.room import Room
 from zerolite.placement import TURNS
 
@@ -36,3 +36,31 @@ class Ring:
         self.turn = (self.turn + 1) % TURNS
         size = numel * dtype.itemsize
         return self.turn, self._slot(self.turn, size)[:size].view(dtype)
+
+
+class Leaving:
+    """A device tensor that is copied to the host, kept until the device waits for the copy.
+
+        send(a)     a is copied while the device computes b
+        clear()     what the device does from now on comes after the copy: a is free
+        send(b)
+
+    So one is on its way, however far the host runs ahead of the device. (The allocator, told that another stream reads a
+    tensor, would keep each until the host sees its copy done.)
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.tensor: Tensor | None = None
+        self.mark: Mark = Reached()
+
+    def send(self, out: Tensor, source: Tensor) -> Mark:
+        """Copies `source` to `out`, after `clear`."""
+        self.clear()
+        self.tensor, self.mark = source, self.link.down(out, source, kept=True)
+        return self.mark
+
+    def clear(self) -> None:
+        """Lets go of what was sent."""
+        self.mark.wait()
+        self.tensor, self.mark = None, Reached()

@@ -103,7 +103,7 @@ class Simulated:
     def now(self) -> Mark:
         return Reached()
 
-    def down(self, out: Tensor, source: Tensor) -> Mark:
+    def down(self, out: Tensor, source: Tensor, kept: bool = False) -> Mark:
         self.copied["down"] += source.numel() * source.element_size()
         return self._down.add(lambda: _copy(out, source, Reached()))
 
