@@ -149,8 +149,9 @@ def test_a_module_of_the_root_that_fills_a_bucket_is_a_unit_unless_it_is_tied():
     untied = seeded(lambda: Net(tied=False))
     size = 31 * 13 * 4
     assert leaves(untied, size - 1) == ["embed", "head"] and leaves(untied, size) == []
-    assert leaves(untied, size - 1, torch.bfloat16) == [] and leaves(untied, 100) == ["embed", "norm", "head"]
+    assert leaves(untied, size - 1, torch.bfloat16) == [] and leaves(untied, 100) == ["embed", "head"]
     assert leaves(seeded(Net), size - 1) == []
+    assert not any(unit.leaf for unit in find_units(untied, [nn.LayerNorm], 100))  # what was asked for, alone
     untied.blocks[0].extra = untied.head.weight
     assert leaves(untied, size - 1) == ["embed"]
     model = nn.ModuleDict({"embed": nn.Embedding(9, 9), "layers": nn.ModuleList([nn.Linear(2, 2)])})

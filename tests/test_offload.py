@@ -712,6 +712,34 @@ def test_writes_in_full_params_are_what_the_next_forward_and_the_master_have(dev
     assert equal(on_threads(world, body, offload), expected)
 
 
+@pytest.mark.parametrize("stage,offload", [(3, None), (3, "states"), (3, "all")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_write_during_the_forward_is_what_the_update_begins_with(device, stage, offload, world):
+    """Of a block, and of a leaf, whose parameters rest on the host and come for their own forward alone."""
+
+    def halve(module, _):
+        with torch.no_grad():
+            module.weight.mul_(0.5)
+
+    def body(comm, stage, offload):
+        run = Run(stage=stage, offload=offload, dtype=torch.bfloat16, bucket_mb=7e-4)
+        model, optimizer = make(run, comm, seeded(lambda: Net(tied=False)))
+        assert stage < 3 or any(unit.is_leaf for unit in optimizer._built.schedule.units)
+        for module in (model.blocks[1].up, model.head):
+            module.register_forward_pre_hook(halve)
+        losses = []
+        for step in range(3):
+            losses.append(loss_of(model, tokens_for(step, 0, comm.rank)))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses).detach(), {name: value.clone() for name, value in model.state_dict().items()}
+
+    expected = on_threads(world, body, 2, None)
+    device("3:2")
+    assert equal(on_threads(world, body, stage, offload), expected)
+
+
 @pytest.mark.parametrize("gradients", ["host", "device"])
 def test_gradients_that_were_cleared_leave_nothing_behind(device, gradients):
     """Sums of further rounds are added by a worker, perhaps after zero_grad()."""

@@ -1,9 +1,9 @@
 """Which parameters travel together: units of a model, and the checks that every parameter passes.
 
 A *unit* is gathered and released as one where parameters rest sharded. By default each child of an
-outermost ModuleList or Sequential is a unit (the blocks of a transformer), and what remains is the root. A *leaf* is a
-module of the root that fills a bucket with parameters of its own (an embedding, a head): a unit too, as long as nobody
-reads its parameters outside of its forward (unit.py).
+outermost ModuleList or Sequential is a unit (the blocks of a transformer), and what remains is the root. By default a
+*leaf*, an embedding or a head that more than fills a bucket, is a unit too, as long as nobody reads its parameters outside
+of its forward (unit.py). Other modules of the root may be used on some ranks only, so no rank may have to gather them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def find_units(
 
     A parameter that two units use (tied weights) belongs to the root, which stays gathered while they run. `limit` and
     `dtype` are those of `cut_buckets`: a leaf is larger. Where there is one, there is a root for it to join, perhaps empty.
+    With `classes` there is none: they alone are units.
     Raises TypeError where `classes` holds something else than module classes, ValueError where none occurs.
     """
     chosen = tuple(classes) if classes is not None else None
     if chosen is not None and not all(isinstance(c, type) and issubclass(c, nn.Module) for c in chosen):
         raise TypeError(f"units: expected nn.Module classes such as [TransformerBlock], got {chosen!r}")
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    tables = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     units: list[UnitSpec] = []
 
     def walk(module: nn.Module, name: str) -> None:
@@ -52,13 +54,13 @@ def find_units(
             is_unit = isinstance(child, chosen) if chosen is not None else listed
             if is_unit and any(True for _ in child.parameters()):
                 units.append(UnitSpec(path, child))
-            elif _is_leaf(child, uses, limit, dtype):
+            elif chosen is None and _is_leaf(child, uses, tables) and _bytes(child, dtype) > limit:
                 units.append(UnitSpec(path, child, leaf=True))
             else:
                 walk(child, path)
 
     walk(model, "")
-    if chosen is not None and all(unit.leaf for unit in units):
+    if chosen is not None and not units:
         names = ", ".join(c.__name__ for c in chosen)
         raise ValueError(f"units: no module of class {names} in the model. Name a class that occurs in it.")
     root = UnitSpec("root", None)
@@ -78,12 +80,17 @@ def find_units(
     return [unit for unit in [root, *units] if unit.params or (leaves and unit is root)]
 
 
-def _is_leaf(module: nn.Module, uses: Counter[nn.Parameter], limit: float, dtype: torch.dtype | None) -> bool:
-    """Whether a module's parameters are its own, plain, tied to no other module's, and more than fill a bucket."""
+def _is_leaf(module: nn.Module, uses: Counter[nn.Parameter], tables: set[torch.Size]) -> bool:
+    """Whether a module is an embedding, or has a weight of an embedding's shape (a head), and its parameters are its own, plain
+    and tied to no other module's."""
     own = list(module.parameters(recurse=False))
     if len(own) < len(list(module.parameters())) or any(uses[p] > 1 or type(p) is not nn.Parameter for p in own):
         return False
-    return sum(p.numel() * (dtype or p.dtype).itemsize for p in own) > limit
+    return any(p.shape in tables for p in own)
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in module.parameters())
 
 
 @dataclass(frozen=True)
