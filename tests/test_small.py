@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from ranks import on_threads
 from torch import nn
 
 import zerolite
+from zerolite import gradient
 
 
 class Sum(nn.Module):
@@ -52,6 +54,51 @@ def test_hooks_and_clipping_for_all_at_once_change_no_bit(stage):
     for norms, states in [rank for ranks in found.values() for rank in ranks]:
         assert norms == found["torch", True][0][0] and len(norms) == 4
         assert all(torch.equal(a, b) for a, b in zip(states, found["torch", True][0][1], strict=True))
+
+
+def test_gradients_that_can_rest_packed_are_packed_in_portions(monkeypatch):
+    """At most so many wait; bits, rounds under way and what does not lie flat are as without."""
+    held = []
+    pack = gradient.Gradients.pack
+    monkeypatch.setattr(gradient.Gradients, "pack", lambda self: (held.append(len(self.arrived)), pack(self))[1])
+    whole = on_threads(2, lambda comm: train(comm, 1, "own", True))
+    assert max(held) == 40
+    monkeypatch.setattr(gradient, "_PORTION", 16)
+    for stage in (0, 1):
+        held.clear()
+        for found, expected in zip(
+            on_threads(2, lambda comm, stage=stage: train(comm, stage, "own", True)), whole, strict=True
+        ):
+            assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+        assert max(held) == 16
+    held.clear()
+    on_threads(2, lambda comm: train(comm, 2, "own", True))
+    assert max(held) == 40  # a round that must wait for its turn is packed then
+
+
+def test_a_second_gradient_in_one_backward_after_a_portion_was_packed(monkeypatch):
+    def run(portion):
+        monkeypatch.setattr(gradient, "_PORTION", portion)
+        model = Sum(40)
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=1, process_group=zerolite.comm.local.LocalComm())
+        for _ in range(2):
+            x = torch.ones((), requires_grad=True)
+            inside = torch.utils.checkpoint.checkpoint(lambda x: model(-1, 2.0) * x, x, use_reentrant=True)
+            (inside + model(3, 1.0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(16), run(1000), strict=True))
+
+
+def test_hooks_of_a_bucket_share_one_function():
+    model = Sum(40)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = zerolite.ZeroOptimizer(inner, model, stage=1, process_group=zerolite.comm.local.LocalComm())
+    hooks = [hook for p in model.parameters() for hook in p._post_accumulate_grad_hooks.values()]
+    assert len(hooks) == 40 and len({id(hook.func) for hook in hooks}) == len(optimizer._trained) == 1
 
 
 def test_a_norm_that_a_hook_reads_is_of_what_came_so_far():

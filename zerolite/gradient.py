@@ -31,6 +31,9 @@ from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
+#: Gradients that wait to be packed, where they can rest packed: what is packed soon is still in the caches, its memory serves
+#: the next gradient, and the garbage collector never sees 10,000 tensors more at once.
+_PORTION = 256
 _dtype = attrgetter("dtype")
 _trained = attrgetter("requires_grad")
 
@@ -41,7 +44,7 @@ class Arrivals:
     __slots__ = ("grads", "task", "wanted")
     grads: dict[int, Tensor]  # slot -> gradient; the same dict for ever
     task: int  # first gradients in this backward need no more than to be put here; -1: none do
-    wanted: int  # with so many here the round is complete
+    wanted: int  # with so many here the round is complete, or there are enough to pack
 
     def __init__(self) -> None:
         self.grads, self.task, self.wanted = {}, -1, 0
@@ -140,7 +143,8 @@ class Gradients:
 
     def open(self, task: int) -> None:
         """Hooks may put first gradients of one backward among the arrivals by themselves."""
-        self.arrivals.task, self.arrivals.wanted = task, self.expected - len(self.packed)
+        left = self.expected - len(self.packed)
+        self.arrivals.task, self.arrivals.wanted = task, left if self.lane.transient or self.wide else min(left, _PORTION)
 
     def close(self) -> None:
         """Every gradient goes through Reducer.collect."""
@@ -164,11 +168,21 @@ class Gradients:
     def filled(self) -> bool:
         """Packs a round that is complete, where it can rest packed; whether it is."""
         if not self.complete:
+            self._portion()
             return False
         self.everything = len(self.arrived) + len(self.packed) >= len(self.layout.slots)
         if not self.lane.transient:
             self.pack()
         return True
+
+    def _portion(self) -> None:
+        """Packs what hooks have brought of a round that can rest packed, where there is enough of it."""
+        if self.arrivals.task < 0 or len(self.arrived) < self.arrivals.wanted:
+            return
+        plain = self._plain()  # each other one is followed by a look at all of `full`
+        if plain:
+            self.pack()
+        self.arrivals.wanted = min(self.expected - len(self.packed), _PORTION if plain else len(self.layout.slots))
 
     def hold(self, slot: int, grad: Tensor) -> None:
         """Adds one gradient to the local fp32 sum."""

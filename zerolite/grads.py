@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
@@ -18,6 +19,7 @@ from zerolite.reducer import Reducer, grads_of
 _strided = torch.strided
 _grad = attrgetter("grad")
 _place = attrgetter("device", "dtype")
+_nothing: deque[None] = deque(maxlen=0)  # its extend() runs an iterator to its end
 _UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
 
 
@@ -87,7 +89,9 @@ class Grads:
         everything = state.count(self.reducer.task) == len(state)  # came in this backward
         ours = [True] * len(state) if everything else list(map(is_not, map(_grad, params), repeat(None)))
         present = self.reducer.union(ours, "step backward")
-        late = [e for e in self.entries if e.handle is None and present[e.index]]
+        late: list[Entry] = []
+        if self.table.trained < len(self.entries):
+            late = [e for e in self.entries if e.handle is None and present[e.index]]
         if late:
             self.adopt(late)
         for entry in self.entries if late or present is not ours else []:
@@ -283,8 +287,7 @@ class Grads:
         self.reducer.reset()
         table.clear()
         if set_to_none:
-            for p in table.params:
-                p.grad = None
+            _nothing.extend(map(setattr, table.params, repeat("grad"), repeat(None)))
         kept = list(map(_UNSHARED.__lt__, map(sys.getrefcount, table.handles)))
         for entry in compress(self.entries, kept):  # someone kept the old one: it stands for the old gradient
             if entry.handle is not None:

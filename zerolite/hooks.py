@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,41 +25,21 @@ class Hooks:
 
     def __init__(self) -> None:
         self.handles: list[Any] = []
+        self.listeners: weakref.WeakKeyDictionary[Bucket, Callable[[int, Tensor], None]] = weakref.WeakKeyDictionary()
 
     def remove(self) -> None:
         """Removes them all."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.listeners.clear()
 
     def on_gradient(self, entry: Entry, grads: Grads) -> None:
-        """After autograd has accumulated p.grad: grads.arrive(entry, p), or what that does with a first gradient in a backward
-        that `Arrivals` names. Of thousands of small parameters each costs no more Python than this.
-
-        The hook refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to
-        the tensor would keep model and optimizer for ever. (Handles refer weakly to their parameter.)
-        """
-        owner, weak = weakref.ref(grads), weakref.ref(entry)
-        state, handles, index, slot = entry.table.state, entry.table.handles, entry.index, entry.slot
-        arrivals = grads_of(entry.bucket).arrivals
-        arrived = arrivals.grads
-
-        def hook(param: Tensor) -> None:
-            grad: Any = param.grad
-            plain = type(grad) is Tensor and state[index] < 0 and arrivals.task == _task() and grad.layout is _strided
-            if plain:
-                state[index] = arrivals.task
-                arrived[slot] = grad
-                param.grad = handles[index]
-                if len(arrived) < arrivals.wanted:
-                    return
-            if (known := owner()) is None or (target := weak()) is None:
-                arrived.clear()  # of a backward that failed
-            elif plain:
-                known.filled(target)
-            else:
-                known.arrive(target, param)
-
+        """After autograd has accumulated p.grad: see `listen`."""
+        assert entry.bucket is not None
+        if entry.bucket not in self.listeners:
+            self.listeners[entry.bucket] = listen(entry.bucket, grads)
+        hook = functools.partial(self.listeners[entry.bucket], entry.slot)
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 
     def on_model(self, model: nn.Module, schedule: Schedule) -> None:
@@ -144,6 +125,38 @@ class Hooks:
     def on_loaded(self, model: nn.Module, give_back: Callable[[], None]) -> None:
         """give_back() after the model has loaded a state dict."""
         self.handles.append(model.register_load_state_dict_post_hook(lambda *_: give_back()))
+
+
+def listen(bucket: Bucket, grads: Grads) -> Callable[[int, Tensor], None]:
+    """What hooks of a bucket's parameters call with a slot and its parameter: grads.arrive(entry, p), or what that does with
+    a first gradient in a backward that `Arrivals` names. Of thousands of small parameters each costs no more Python than this.
+
+    One function for the bucket, and not a closure for each parameter: the cells of 10,000 closures are what the caches miss.
+    It refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to the tensor
+    would keep model and optimizer for ever. (Handles refer weakly to their parameter.)
+    """
+    owner, weak, rows = weakref.ref(grads), weakref.ref(bucket), bucket.rows
+    state, handles, arrivals = grads.table.state, grads.table.handles, grads_of(bucket).arrivals
+    arrived = arrivals.grads
+
+    def hook(slot: int, param: Tensor) -> None:
+        index = rows[slot]
+        grad: Any = param.grad
+        plain = type(grad) is Tensor and state[index] < 0 and arrivals.task == _task() and grad.layout is _strided
+        if plain:
+            state[index] = arrivals.task
+            arrived[slot] = grad
+            param.grad = handles[index]
+            if len(arrived) < arrivals.wanted:
+                return
+        if (known := owner()) is None or (home := weak()) is None:
+            arrived.clear()  # of a backward that failed
+        elif plain:
+            known.filled(home.entries[slot])
+        else:
+            known.arrive(home.entries[slot], param)
+
+    return hook
 
 
 class _Call:
