@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
-_PRESENT, _FILE = 1 << 63, 1 << 61  # bits of /proc/self/pagemap: in memory; file page, that is, not copied on write
+# Bits of /proc/self/pagemap: in memory or swapped out; a file's page, that is, not copied on write. (The PAGEMAP_SCAN ioctl
+# of newer kernels takes as long: both look up every page.)
+_HELD, _FILE = 3 << 62, 1 << 61
 
 
 class Segment:
@@ -55,7 +57,7 @@ class Segment:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(first * 8)
             entries = np.frombuffer(file.read(self.size // PAGE * 8), dtype=np.uint64)
-        return bool(((entries & np.uint64(_PRESENT)) > (entries & np.uint64(_FILE)) * np.uint64(4)).any())
+        return bool(((entries & np.uint64(_HELD) != 0) & (entries & np.uint64(_FILE) == 0)).any())
 
     def refresh(self) -> None:
         """Drops this process's own pages: the private mapping shows the shared contents again."""
