@@ -131,7 +131,7 @@ def listen(bucket: Bucket, grads: Grads) -> Callable[[int, Tensor], None]:
     """What hooks of a bucket's parameters call with a slot and its parameter: grads.arrive(entry, p), or what that does with
     a first gradient in a backward that `Arrivals` names. Of thousands of small parameters each costs no more Python than this.
 
-    One function for the bucket, and not a closure for each parameter, whose cells the garbage collector would walk: 29 objects a
+    One function for a bucket, not a closure for each parameter, whose cells the garbage collector would walk: 29 objects a
     parameter in all instead of 38.
     It refers weakly: the garbage collector does not look into a tensor's hooks, and a strong reference back to the tensor
     would keep model and optimizer for ever. (Handles refer weakly to their parameter.)
