@@ -24,6 +24,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 
 #include "copy_cpu.h"
 #include "half_cpu.h"
+#include "moments_avx2.h"
 #include "moments_cpu.h"
 #include "square_cpu.h"
 
@@ -129,7 +130,31 @@ void average_groups(float* __restrict g, const Sources& s, int64_t at, int64_t n
   for (int64_t k = 0; k < n; k += kGroup) halve(g + k, natural + k);
 }
 
+#if defined(__AVX2__)
+// Blocks are long, because the first and last groups of one have the processor to themselves.
+void reduce_adam_codes(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
+  if (s.count == 1 && s.mean == 1.0f)
+    return adam_span(t, static_cast<const uint16_t*>(s.data[0]) + start, r, start, stop - start);
+  constexpr int64_t kLong = 4 * kBlock;
+  alignas(64) float g[kBlock];
+  alignas(64) bf16 words[kLong];
+  for (int64_t at = start; at < stop; at += kLong) {
+    const int64_t n = stop - at < kLong ? stop - at : kLong;
+    for (int64_t k = 0; k < n; k += kBlock) {
+      const int64_t part = n - k < kBlock ? n - k : kBlock;
+      average<bf16>(g, s, at + k, part);
+      narrow_all(words + k, g, part);
+    }
+    adam_span(t, &words[0].bits, r, at, n);
+  }
+}
+#endif
+
 void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
+#if defined(__AVX2__)
+  if (t.bytes && t.dtype == Dtype::kBFloat16 && s.dtype == Dtype::kBFloat16)
+    return reduce_adam_codes(t, s, r, start, stop);
+#endif
   const bool halves = t.dtype == Dtype::kBFloat16 ? kHalves<uint16_t> : kHalves<float>;
   alignas(64) float g[kBlock];
   for (int64_t at = start; at < stop; at += kBlock) {

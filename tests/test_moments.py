@@ -161,6 +161,25 @@ def test_extreme_gradients_behave(kind):
             assert bool(((m[5 * 64 : 7 * 64].view(2, 64) / largest[5:7] - 1).abs() < 0.8)[grad[5:7].abs() > 1e10].all())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_second_moments_past_the_largest_end_there_and_their_roots_do_not(isa, kind, dtype, count):
+    """(0.1 g)^2 / 1000 is above 2^126 and finite where g is near 4e21, in every third group."""
+    kernels.set_isa(isa)
+    n = 64 * 70 + 13
+    grad = wide(n, 1, 1.0).clamp(-30, 30)
+    grad += 4e21 * ((torch.arange(n) // 64 % 3 == 1) & (torch.arange(n) % 7 < 3))
+    sources = [grad.to(dtype)] * count
+    ours, theirs = coded(n, kind, dtype), coded(n, kind, dtype)
+    for step in (1, 2):
+        for op, tensors in ((kernels.reduce_adam_moments_, ours), (reference.reduce_adam_moments_, theirs)):
+            op(*tensors, sources, torch.tensor([[0, n, 0]]), rows_of(step), 1 / count)
+        assert_same(ours, theirs)
+    kernels.set_isa("auto")
+
+
 @kinds
 def test_second_moments_follow_gradients_that_shrink(kind):
     """From g = 1 to g = 0.03 at beta2 = 0.999. To nearest, v would stay where it was: a change of 1/1000 is below half a code.
