@@ -172,19 +172,19 @@ inline std::vector<Part> pack_parts(const Tensor& out, const std::vector<Tensor>
 }
 
 // Of every `stride` elements of a longer tensor, `width` from `start` on, one after the other.
-struct Window {
+struct Stripe {
   int64_t start, width, stride;
 };
 
-// Parts of the longer tensor, in order, where they lie in the window.
-inline std::vector<Part> inside(const std::vector<Part>& parts, const Window& window, int64_t rows, int64_t bytes) {
+// Parts of the longer tensor, in order, where they lie in the stripe (`Window` of zerolite/kernels/ops.py).
+inline std::vector<Part> inside(const std::vector<Part>& parts, const Stripe& stripe, int64_t rows, int64_t bytes) {
   std::vector<Part> found;
   auto next = parts.begin();
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t first = row * window.stride + window.start, move = row * window.width - first;
+    const int64_t first = row * stripe.stride + stripe.start, move = row * stripe.width - first;
     next = std::upper_bound(next, parts.end(), first, [](int64_t x, const Part& p) { return x < p.stop; });
-    for (auto part = next; part != parts.end() && part->start < first + window.width; ++part) {
-      const int64_t lo = std::max(part->start, first), hi = std::min(part->stop, first + window.width);
+    for (auto part = next; part != parts.end() && part->start < first + stripe.width; ++part) {
+      const int64_t lo = std::max(part->start, first), hi = std::min(part->stop, first + stripe.width);
       const char* from = static_cast<const char*>(part->from);
       found.push_back({lo + move, hi + move, from == nullptr ? nullptr : from + (lo - part->start) * bytes});
     }
@@ -193,18 +193,18 @@ inline std::vector<Part> inside(const std::vector<Part>& parts, const Window& wi
 }
 
 // The same for gradients by address: int64 (3, n) of offsets in the longer tensor, elements and addresses.
-inline std::vector<Part> pack_parts(const Tensor& out, const Tensor& places, bool clear, const Window& window) {
+inline std::vector<Part> pack_parts(const Tensor& out, const Tensor& places, bool clear, const Stripe& stripe) {
   check(out, out.scalar_type(), out.numel(), "out", "");
   STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.dim() == 2 && places.size(0) == 3 &&
                       places.is_contiguous(),
                   "places: expected a contiguous int64 tensor of shape (3, n)");
-  const int64_t rows = window.width > 0 ? out.numel() / window.width : 0;
-  STD_TORCH_CHECK(0 <= window.start && window.start + window.width <= window.stride &&
-                      rows * window.width == out.numel(),
-                  "window: expected ", window.width, " elements from ", window.start, " on within ", window.stride,
+  const int64_t rows = stripe.width > 0 ? out.numel() / stripe.width : 0;
+  STD_TORCH_CHECK(0 <= stripe.start && stripe.start + stripe.width <= stripe.stride &&
+                      rows * stripe.width == out.numel(),
+                  "window: expected ", stripe.width, " elements from ", stripe.start, " on within ", stripe.stride,
                   ", as often as out has them");
   const int64_t* row = static_cast<const int64_t*>(places.const_data_ptr());
-  const int64_t count = places.size(1), numel = rows * window.stride;
+  const int64_t count = places.size(1), numel = rows * stripe.stride;
   std::vector<Part> parts;
   parts.reserve(count + 1);
   for (int64_t i = 0; i < count; ++i) {
@@ -213,7 +213,7 @@ inline std::vector<Part> pack_parts(const Tensor& out, const Tensor& places, boo
     if (elements > 0) parts.push_back({start, start + elements, reinterpret_cast<const void*>(row[2 * count + i])});
   }
   parts = in_order(std::move(parts), numel, clear);
-  return window.width == window.stride ? parts : inside(parts, window, rows, out.element_size());
+  return stripe.width == stripe.stride ? parts : inside(parts, stripe, rows, out.element_size());
 }
 
 }  // namespace zerolite

@@ -375,6 +375,8 @@ def test_bad_arguments_are_refused(isa):
         kernels.pack_(param, [param.clone()], [1], True, flag, 1.0)
     with pytest.raises(RuntimeError, match="overlap at element 8"):
         kernels.pack_(param, [param[:10].clone(), param[:4].clone()], [0, 8], False, flag, 1.0)
+    with pytest.raises(RuntimeError, match="window: expected 5 elements from 6 on within 10"):
+        kernels.pack_(param[:10], [param.clone()], [0], True, flag, 1.0, kernels.Window(6, 5, 10))
     with pytest.raises(ValueError, match="instruction set 'sse'"):
         kernels.set_isa("sse")
     with pytest.raises(ValueError, match="at least 1"):
