@@ -136,15 +136,13 @@ void reduce_adam_codes(const MomentTensors& t, const Sources& s, const MomentRow
   if (s.count == 1 && s.mean == 1.0f)
     return adam_span(t, static_cast<const uint16_t*>(s.data[0]) + start, r, start, stop - start);
   constexpr int64_t kLong = 4 * kBlock;
-  alignas(64) float g[kBlock];
+  alignas(64) float g[16];
   alignas(64) bf16 words[kLong];
   for (int64_t at = start; at < stop; at += kLong) {
-    const int64_t n = stop - at < kLong ? stop - at : kLong;
-    for (int64_t k = 0; k < n; k += kBlock) {
-      const int64_t part = n - k < kBlock ? n - k : kBlock;
-      average<bf16>(g, s, at + k, part);
-      narrow_all(words + k, g, part);
-    }
+    const int64_t n = stop - at < kLong ? stop - at : kLong, whole = n / 16 * 16;
+    average_words(&words[0].bits, s, at, whole);
+    average<bf16>(g, s, at + whole, n - whole);
+    narrow_all(words + whole, g, n - whole);
     adam_span(t, &words[0].bits, r, at, n);
   }
 }

@@ -276,6 +276,31 @@ __attribute__((noinline)) void adam_codes(const Tensors& tensors, const MomentRo
   }
 }
 
+// Patterns of [at, at + n) of the averaged gradient, as average() and narrow() make them; n is a multiple of 16.
+ZL_FN void average_words(uint16_t* to, const Sources& s, int64_t at, int64_t n) {
+  const Ints zero = _mm256_setzero_si256(), one = all(1), below_half = all(0x7fffu), nan = all(0x7fc0u);
+  const Floats mean = _mm256_set1_ps(s.mean);
+  const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
+  for (int64_t i = at; i < at + n; i += 16) {
+    const Ints first = load(from[0] + i);
+    Floats sum[2] = {as_floats(widened(zero, first, 0)), as_floats(widened(zero, first, 1))};
+    for (int k = 1; k < s.count; ++k) {
+      const Ints next = load(from[k] + i);
+      sum[0] = sum[0] + as_floats(widened(zero, next, 0));
+      sum[1] = sum[1] + as_floats(widened(zero, next, 1));
+    }
+    Ints words[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // as nearest_even()
+      const Floats x = sum[j] * mean;
+      const Ints odd = _mm256_and_si256(_mm256_srli_epi32(as_ints(x), 16), one);
+      const Ints near = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(as_ints(x), below_half), odd), 16);
+      words[j] = _mm256_blendv_epi8(near, nan, as_ints(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    }
+    store(to + i - at, _mm256_packus_epi32(words[0], words[1]));
+  }
+}
+
 // Elements [at, at + n) by their gradients; a parameter's last group may be short.
 ZL_FN void adam_span(const MomentTensors& x, const uint16_t* g, const MomentRow& row, int64_t at, int64_t n) {
   const Tensors t = {static_cast<uint16_t*>(x.param) + at, static_cast<int16_t*>(x.rest) + at,

@@ -131,6 +131,32 @@ class WatchedComm:
         return message_lanes(self, specs, device)
 
 
+def headed():
+    """Blocks of one bucket each, and a much larger one that goes out first."""
+    return nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(4)], nn.Linear(32, 256, bias=False))
+
+
+def verbs(comm, stage):
+    """What happened to buckets in a backward, and the storage of the largest gradient where it was that of what went out."""
+    watch, seen, same = Watch(), [], []
+    run = Run(stage=stage, dtype=torch.bfloat16, bucket_mb=1e-3)
+    model, optimizer = make(run, WatchedComm(comm, watch), seeded(headed))
+    optimizer._built.comm.ledger.listener = lambda event, name: seen.append((event, name))
+    places = []
+    model[4].weight.register_hook(lambda grad: places.append(grad.data_ptr()))
+    exchange = optimizer._built.comm.exchange
+    optimizer._built.comm.exchange = lambda full, what: (same.append(full.data_ptr() in places), exchange(full, what))[1]
+    model(torch.ones(2, 32).bfloat16()).float().sum().backward()
+    return [row for row in seen if row[0] in ("pack", "average")][:3], same[0]
+
+
+@pytest.mark.parametrize("stage,second", [(2, "pack"), (3, "average")])
+def test_where_parameters_are_sharded_an_outsized_round_is_averaged_before_the_next(stage, second):
+    for events, same in on_threads(2, verbs, stage):
+        assert [event for event, _ in events[:2]] == ["pack", second], events
+        assert same  # it needs no packing
+
+
 def even():
     return nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(6)])
 
@@ -215,17 +241,18 @@ def test_the_peak_of_the_device_is_the_planned_one_where_rounds_leave_it(stage, 
             assert seen - 64 <= planned <= seen + bucket, (micro, clip, planned, seen, bucket)
 
 
-def test_a_7b_model_with_everything_on_the_host_takes_less_than_two_units_worth_of_the_device():
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_7b_model_with_everything_on_the_host_takes_less_than_two_units_worth_of_the_device(world):
     """Two of 32 blocks, each with its gradients, in bfloat16: 1.6 GB."""
     pytest.importorskip("transformers")
-    plan = zerolite.plan("llama-2-7b", stage=3, offload="all", device="cuda", param_dtype=torch.bfloat16)
+    plan = zerolite.plan("llama-2-7b", world=world, stage=3, offload="all", device="cuda", param_dtype=torch.bfloat16)
     terms = {term.name: term.rank for term in plan.terms if term.home == "device" and term.when != "step"}
     block, root, head, down = 404_766_720, 8192, 262_144_000, 90_177_536
     assert terms == {
         "buffers, frozen": plan.setting.beside,
-        "units in use": root + 2 * block,
-        "buckets in flight": root + 2 * down,  # as autograd gave it and packed, beside the final norm's
-        "rounds on their way": head,
+        "units in use": root + block + (block if world == 1 else head),  # with more ranks most is held when the head's round goes
+        "buckets in flight": root + (down if world == 1 else 2 * head),  # the final norm's comes first; sent and received
+        "rounds on their way": head // world,
     }
     assert plan.bytes_peak["device"] < 4 * block < 1.62e9
 

@@ -30,10 +30,11 @@ class Trip(NamedTuple):
     full: int  # the whole bucket, where it is gathered for the backward
     arrived: int  # its gradients without padding; 0 where it is not trained
     early: int  # of these, what comes before the gradients of the units
-    packed: int  # its packed copy, beside what rests
+    packed: int  # its packed copy, beside what rests; less than 0: what rests is what arrived
     flight: int  # slices to and from other ranks; 0: its round is averaged at once
     missing: int  # of what rests after the backward, what is not there before its turn
     leaving: int = 0  # its average, which leaves the device
+    large: bool = False  # its round is averaged before the next one is packed
 
 
 class Most(NamedTuple):
@@ -48,6 +49,7 @@ def highest(plan: Plan) -> Most:
     """The highest moment of a plan's backward."""
     setting, found = plan.setting, []
     rounds, far = setting.micro_batches, plan.size - setting.here if setting.shared else plan.size
+    limit = most_ahead(plan, [row.full for row in plan.trained])
     for row in plan.rows:
         full, packed, flight, missing = row.full, 0, 0, 0
         leaves = plan.leaves and not row.kept
@@ -56,18 +58,28 @@ def highest(plan: Plan) -> Most:
         if setting.slots:
             pass  # packed in memory that is counted by itself, and nothing comes back to the device
         elif not plan.alone:
-            packed, flight = 0 if setting.shared else full, 2 * full * far // plan.size
+            packed, flight = 0 if setting.shared or row.lone else full, 2 * full * far // plan.size
         elif rounds == 1 and not leaves:
             missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
+            packed = -full * row.lone  # it rests as it came
         elif rounds > 2 or row.widths.param == FP32 or leaves:
-            packed = full  # a further round is a tensor of its own, and so is one that leaves
+            packed = full * (rounds > 1 or not row.lone)  # a further round is a tensor of its own, and so is one that leaves
         if plan.leaves:
             missing = 0  # they come to rest in the other memory
         arrived, early = (elements * row.widths.param * row.trained for elements in (row.layout.used, row.early))
         whole = full if plan.params.sharded and not plan.once else 0
         leaving = row.layout.shard * row.widths.param * leaves
-        found.append(Trip(row.unit, whole, arrived, early, packed, flight, missing * row.trained, leaving))
+        trip = Trip(row.unit, whole, arrived, early, packed, flight, missing * row.trained, leaving, full > limit)
+        found.append(trip)
     return most(found)
+
+
+def most_ahead(plan: Plan, sizes: Sequence[int]) -> int:
+    """Of trained buckets of these bytes, the most that one may have to be averaged while the next is packed, not before.
+
+    Where parameters rest sharded that is twice the median: waiting for an output layer costs less than holding it.
+    """
+    return 2 * sorted(sizes)[len(sizes) // 2] if plan.params.sharded and sizes else top(sizes)
 
 
 def most(trips: Sequence[Trip]) -> Most:
@@ -94,8 +106,11 @@ def most(trips: Sequence[Trip]) -> Most:
             early -= trip.early
             missing -= trip.missing
             look(early + max(trip.arrived + trip.packed, trip.flight) + before - missing, leaving=max(left, coming))
-            left, coming = (coming, trip.leaving) if trip.flight else (trip.leaving, 0)
-            before = trip.flight
+            here = not trip.flight or trip.large  # averaged by now
+            if trip.large:
+                look(early + trip.flight - missing, leaving=trip.leaving)
+            left, coming = (trip.leaving, 0) if here else (coming, trip.leaving)
+            before = 0 if here else trip.flight
     return max(moments, key=sum)
 
 

@@ -269,7 +269,10 @@ class Gradients:
         self.comm.ledger.note("exchange", self.name)
 
     def _send(self) -> None:
-        """Packs and exchanges one part after the other; `take` averages what its memory held before."""
+        """Packs and exchanges one part after the other; `take` averages what its memory held before.
+
+        A large parameter has a bucket of its own: its gradient goes out as it is, if it needs no padding.
+        """
         dtype = self.dtype
         if self.wide:
             dtype = torch.float32
@@ -279,10 +282,15 @@ class Gradients:
             blocks, offsets = [self.base], [0]
         else:
             blocks, offsets = self._blocks()
+        ready = not self.lane.placed and len(blocks) == 1 and _fills(blocks[0], self.layout.numel)
         for start, stop in self.lane.cuts(dtype):
-            self.full = self.lane.take(dtype, stop - start)
-            window = Window(start, stop - start, self.layout.shard)
-            pack_(self.full, blocks, offsets, True, self.suspect, _SUSPECT[dtype], window)
+            if ready:
+                self.full = blocks[0].view(-1)
+                exceeds_(self.suspect, self.full, _SUSPECT[dtype])
+            else:
+                self.full = self.lane.take(dtype, stop - start)
+                window = Window(start, stop - start, self.layout.shard)
+                pack_(self.full, blocks, offsets, True, self.suspect, _SUSPECT[dtype], window)
             if stop == self.layout.shard:
                 self.comm.ledger.note("pack", self.name)  # while both are held
                 self.base = None
@@ -370,6 +378,11 @@ class Gradients:
         for flight in flights:
             held += self.lane.holds(flight.number, list(flight.pending.result))
         return held + self.average.leaving()
+
+
+def _fills(block: Tensor, numel: int) -> bool:
+    """Whether a contiguous tensor has `numel` elements and memory of its own."""
+    return block.numel() == numel and block.untyped_storage().nbytes() == numel * block.itemsize
 
 
 def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -45,6 +45,11 @@ class Row(NamedTuple):
         """Bytes of the whole bucket in compute dtype."""
         return self.layout.numel * self.widths.param
 
+    @property
+    def lone(self) -> bool:
+        """Whether it is one parameter without padding: its gradient needs no packing."""
+        return len(self.layout.slots) == 1 and self.layout.used == self.layout.numel
+
 
 @dataclass(frozen=True)
 class Setting:

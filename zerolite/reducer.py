@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zerolite.backward import most_ahead
 from zerolite.bucket import Bucket, Entry
 from zerolite.comm import Comm
 from zerolite.comm.ledger import RankError
@@ -30,6 +31,7 @@ class Reducer:
     plan: Plan
     comm: Comm
     order: list[Bucket]  # trained buckets in the order in which they go out
+    large: list[bool]  # which of them are averaged before the next one is packed
     suspect: Tensor  # int64 [1]: see Gradients.suspect
     sync: bool  # False inside no_sync()
     active: bool  # a backward is under way
@@ -45,7 +47,7 @@ class Reducer:
     def __init__(self, plan: Plan, comm: Comm, device: torch.device) -> None:
         self.plan = plan
         self.comm = comm
-        self.order = []
+        self.order, self.large = [], []
         self.suspect = torch.zeros(1, dtype=torch.int64, device=device)
         self.sync = True
         self.version = 0
@@ -67,6 +69,8 @@ class Reducer:
     def add(self, buckets: list[Bucket]) -> None:
         """Takes trained buckets, in the order of the forward pass."""
         self.order = list(reversed(buckets)) + self.order
+        sizes = [bucket.layout.numel * bucket.full.element_size() for bucket in self.order]
+        self.large = list(map(most_ahead(self.plan, sizes).__lt__, sizes))
 
     @property
     def moment(self) -> tuple[int, int]:
@@ -130,7 +134,7 @@ class Reducer:
             grads.start()
             if self.next > 0:
                 grads_of(self.order[self.next - 1]).finish()
-            if not any(flight.pending.under_way for flight in grads.flights):
+            if self.large[self.next] or not any(flight.pending.under_way for flight in grads.flights):
                 grads.finish()
             self.next += 1
 

@@ -43,6 +43,7 @@ class Lane(Protocol):
     """How one bucket's rounds travel."""
 
     transient: bool  # rounds are averaged as they come; the others stay where they are until the step
+    placed: bool  # what goes out must lie where take() says, else any tensor may
     mean: float  # factor from the sum of an exchange's results to the average over ranks
     lasting: bool  # the slices stay readable until done() without memory of their own
     rounds: int  # exchanges so far
@@ -81,6 +82,7 @@ class MessageLane:
         self.numel = spec.numel
         self.device = device
         self.transient = spec.transient
+        self.placed = False
         self.mean = 1.0 / comm.size
         self.lasting = False
         self.rounds = 0  # messages are their readers' own: nobody asks which

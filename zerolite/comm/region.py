@@ -102,6 +102,7 @@ class SharedLane:
         self.shard = numel // comm.size
         self.rotation = rotation
         self.transient = transient
+        self.placed = True
         self.mean = 1.0 / comm.size
         self.lasting = not transient
         half = Flags.nbytes(comm.places)
