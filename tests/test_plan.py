@@ -250,8 +250,8 @@ def test_a_7b_model_with_everything_on_the_host_takes_less_than_two_units_worth_
     block, root, head, down = 404_766_720, 8192, 262_144_000, 90_177_536
     assert terms == {
         "buffers, frozen": plan.setting.beside,
-        "units in use": root + block + (block if world == 1 else head),  # with more ranks most is held when the head's round goes
-        "buckets in flight": root + (down if world == 1 else 2 * head),  # the final norm's comes first; sent and received
+        "units in use": root + block + (block if world == 1 else head),  # with more ranks: when the head goes out
+        "buckets in flight": root + (down if world == 1 else 2 * head),  # root: the final norm
         "rounds on their way": head // world,
     }
     assert plan.bytes_peak["device"] < 4 * block < 1.62e9
