@@ -17,8 +17,8 @@ which a collective, or a wait in shared memory, is under way in rank 0. First st
 the first step, construction included (in results of before: the step alone). Memory is the sum over ranks of PSS, imports
 and activations included; bytes a parameter are what one rank holds between steps, above what it held before the model
 was there. MB on the wire: what the loopback interface carried, a rank and step.
-Targets at stages 1 to 3: overhead at most 1/2 of DDP's and 1/6 of the best of DeepSpeed's at the stage, peak and first step at
-most 1/2 of it. Columns "of" compare with DDP, and with the best of all of DeepSpeed's.
+Targets at stages 1 to 3: overhead at most 1/2 of DDP's and 1/6 of the best of DeepSpeed's at the stage, first step and peak
+above imports at most 1/2 of it. Columns "of" compare with DDP, and with the best of all of DeepSpeed's.
 """,
     "largest": """
 Targets at two ranks: 2 times DeepSpeed's largest with exact moments, 3 times with int8. How it is found, and what a limit is:
@@ -105,7 +105,7 @@ STEP = [
     "of DDP's",
     "of DeepSpeed's best",
 ]
-STEP += ["first step", "tokens/s", "peak MB, all ranks", "bytes a parameter", "MB on the wire", "final loss"]
+STEP += ["first step", "tokens/s", "peak MB, all ranks", "of it imports", "bytes a parameter", "MB on the wire", "final loss"]
 
 
 def step(blocks: list[list[Row]]) -> str:
@@ -133,7 +133,7 @@ def step_row(r: Row, peers: list[float | None]) -> list[str]:
     per = f"{r['bytes_a_parameter']:.2f}" if "bytes_a_parameter" in r else ""
     rate = f"{r['tokens_a_second']:,.0f}" if "tokens_a_second" in r else ""
     memory = r["peak"] + (r.get("device_peak") or 0)
-    ends = [milliseconds(r, "first"), rate, f"{memory / 2**20:.0f}", per, wire, f"{r['loss']:.4f}"]
+    ends = [milliseconds(r, "first"), rate, f"{memory / 2**20:.0f}", f"{r['base'] / 2**20:.0f}" if "base" in r else "", per, wire, f"{r['loss']:.4f}"]
     times = [milliseconds(r, name) for name in ("forward", "backward", "update", "communication", "step")]
     return [r["system"], *times, p20, p80, milliseconds(r, "overhead"), *shares, *ends]
 

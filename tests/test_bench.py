@@ -167,11 +167,11 @@ def test_the_search_tells_the_limit_from_a_failure(monkeypatch):
 
 def test_targets_name_what_is_missed():
     rows = [row("DDP + AdamW(fused)", 0.2), row("DeepSpeed 2", 0.6), row("DeepSpeed 2 + offload", 0.5, first=4.0)]
-    rows += [row("zerolite 2", 0.09, peak=1 << 30), row("zerolite 3", 0.01)]
+    rows += [row("zerolite 2", 0.09, peak=3 << 29), row("zerolite 3", 0.01)]
     found = {str(target): target.met for target in targets.of_steps(rows)}
     assert found["zerolite 2: overhead of DeepSpeed 2 + offload's 0.180 (at most 0.167)"] is False
     assert found["zerolite 2: overhead of DDP + AdamW(fused)'s 0.450 (at most 0.500)"] is True
-    assert found["zerolite 2: peak memory of DeepSpeed 2's 0.500 (at most 0.500)"] is True
+    assert found["zerolite 2: peak memory above imports of DeepSpeed 2's 0.500 (at most 0.500)"] is True
     assert found["zerolite 2: first step of DeepSpeed 2's 1.000 (at most 0.500)"] is False
     assert len([name for name in found if name.startswith("zerolite 3")]) == 1  # no peer at stage 3: DDP alone
     text = targets.missed(targets.of_steps(rows))
@@ -189,7 +189,7 @@ def test_the_table_has_every_system_and_the_figures():
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert re.search(
-        r"\| zerolite 2 \| 100 \| 200 \| 50 \| 50 \| 350 \| .*\| 50 \| 0.25 \| 1000 \| 1,000 \| 2048 \| 9.00", text
+        r"\| zerolite 2 \| 100 \| 200 \| 50 \| 50 \| 350 \| .*\| 50 \| 0.25 \| 1000 \| 1,000 \| 2048 \| 1024 \| 9.00", text
     )
     assert "of DeepSpeed's best" not in text  # an empty column is left out
 
