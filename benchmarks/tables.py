@@ -133,7 +133,15 @@ def step_row(r: Row, peers: list[float | None]) -> list[str]:
     per = f"{r['bytes_a_parameter']:.2f}" if "bytes_a_parameter" in r else ""
     rate = f"{r['tokens_a_second']:,.0f}" if "tokens_a_second" in r else ""
     memory = r["peak"] + (r.get("device_peak") or 0)
-    ends = [milliseconds(r, "first"), rate, f"{memory / 2**20:.0f}", f"{r['base'] / 2**20:.0f}" if "base" in r else "", per, wire, f"{r['loss']:.4f}"]
+    ends = [
+        milliseconds(r, "first"),
+        rate,
+        f"{memory / 2**20:.0f}",
+        f"{r['base'] / 2**20:.0f}" if "base" in r else "",
+        per,
+        wire,
+        f"{r['loss']:.4f}",
+    ]
     times = [milliseconds(r, name) for name in ("forward", "backward", "update", "communication", "step")]
     return [r["system"], *times, p20, p80, milliseconds(r, "overhead"), *shares, *ends]
 
