@@ -9,6 +9,7 @@ from benchmarks.harness import Row
 
 DEEPSPEED, DDP, PEAK, FIRST = 1 / 6, 1 / 2, 1 / 2, 1 / 2  # at most
 EXACT, INT8 = 2.0, 3.0  # at least
+ABOVE = "peak_a_parameter"  # peak memory above imports, process group and a tiny model's step, which are no system's
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,6 @@ def best(rows: list[Row], metric: str, start: str, stage: int | None = None) -> 
     return min((row for row in among if row.get(metric)), key=lambda row: row[metric], default=None)
 
 
-def above(row: Row) -> float:
-    """Bytes of the peak above imports, process group and a tiny model's step, which are no system's."""
-    return row["peak"] - row.get("base", 0)
-
-
 def of_steps(rows: list[Row]) -> list[Target]:
     """Targets of the rows of one model at one world size; offload and rounded moments are compared alike."""
     found: list[Target] = []
@@ -58,14 +54,13 @@ def of_steps(rows: list[Row]) -> list[Target]:
             continue
         pairs = [("overhead", best(rows, "overhead", "DeepSpeed", stage), DEEPSPEED), ("overhead", ddp, DDP)]
         pairs += [
-            ("peak", best(rows, "peak", "DeepSpeed", stage), PEAK),
+            (ABOVE, best(rows, ABOVE, "DeepSpeed", stage), PEAK),
             ("first", best(rows, "first", "DeepSpeed", stage), FIRST),
         ]
         for metric, peer, bound in pairs:
             if peer is not None and peer[metric] > 0 and stage > 0:
-                words = {"first": "first step", "peak": "peak memory above imports"}.get(metric, metric)
-                ratio = above(row) / above(peer) if metric == "peak" else row[metric] / peer[metric]
-                found.append(Target(name, f"{words} of {peer['system']}'s", ratio, bound))
+                words = {"first": "first step", ABOVE: "peak memory above imports"}.get(metric, metric)
+                found.append(Target(name, f"{words} of {peer['system']}'s", row[metric] / peer[metric], bound))
     return found
 
 
@@ -86,11 +81,11 @@ def of_largest(rows: list[Row]) -> list[Target]:
 def floor(rows: list[Row]) -> str:
     """What the model alone takes, where that is more than the memory target allows; else empty."""
     alone = next((row for row in rows if row["system"] == "model alone"), None)
-    peers = [peer for stage in (1, 2, 3) if (peer := best(rows, "peak", "DeepSpeed", stage))]
-    over = [peer for peer in peers if alone is not None and above(alone) > PEAK * above(peer)]
+    peers = [peer for stage in (1, 2, 3) if (peer := best(rows, ABOVE, "DeepSpeed", stage))]
+    over = [peer for peer in peers if alone is not None and alone[ABOVE] > PEAK * peer[ABOVE]]
     if not over or alone is None:
         return ""
-    shares = ", ".join(f"{above(alone) / above(peer):.2f} of {peer['system']}'s" for peer in over)
+    shares = ", ".join(f"{alone[ABOVE] / peer[ABOVE]:.2f} of {peer['system']}'s" for peer in over)
     return (
         f"\nThe model alone (parameters, gradients and activations, no states) already peaks at {shares} (above imports): at "
         "this size the memory target leaves no room for exact states.\n"

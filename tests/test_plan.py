@@ -147,13 +147,13 @@ def verbs(comm, stage):
     exchange = optimizer._built.comm.exchange
     optimizer._built.comm.exchange = lambda full, what: (same.append(full.data_ptr() in places), exchange(full, what))[1]
     model(torch.ones(2, 32).bfloat16()).float().sum().backward()
-    return [row for row in seen if row[0] in ("pack", "average")][:3], same[0]
+    return [row for row in seen if row[0] in ("pack", "average")][:2], same[0]
 
 
 @pytest.mark.parametrize("stage,second", [(2, "pack"), (3, "average")])
 def test_where_parameters_are_sharded_an_outsized_round_is_averaged_before_the_next(stage, second):
     for events, same in on_threads(2, verbs, stage):
-        assert [event for event, _ in events[:2]] == ["pack", second], events
+        assert [event for event, _ in events] == ["pack", second], events
         assert same  # it needs no packing
 
 

@@ -58,19 +58,21 @@ def highest(plan: Plan) -> Most:
         if setting.slots:
             pass  # packed in memory that is counted by itself, and nothing comes back to the device
         elif not plan.alone:
-            packed, flight = 0 if setting.shared or row.lone else full, 2 * full * far // plan.size
+            packed, flight = 0 if setting.shared or row.unpacked else full, 2 * full * far // plan.size
         elif rounds == 1 and not leaves:
             missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
-            packed = -full * row.lone  # it rests as it came
+            packed = -full * row.unpacked  # it rests as it came
         elif rounds > 2 or row.widths.param == FP32 or leaves:
-            packed = full * (rounds > 1 or not row.lone)  # a further round is a tensor of its own, and so is one that leaves
+            packed = full * (
+                rounds > 1 or not row.unpacked
+            )  # a further round is a tensor of its own, and so is one that leaves
         if plan.leaves:
             missing = 0  # they come to rest in the other memory
         arrived, early = (elements * row.widths.param * row.trained for elements in (row.layout.used, row.early))
         whole = full if plan.params.sharded and not plan.once else 0
         leaving = row.layout.shard * row.widths.param * leaves
-        trip = Trip(row.unit, whole, arrived, early, packed, flight, missing * row.trained, leaving, full > limit)
-        found.append(trip)
+        missing *= row.trained
+        found.append(Trip(row.unit, whole, arrived, early, packed, flight, missing, leaving, full > limit))
     return most(found)
 
 

@@ -211,7 +211,7 @@ class Plan:
         elif self.alone:
             # a further round is a tensor of its own; where its average grows to fp32 by it, that is counted already
             rounds = self.setting.micro_batches
-            packed = [row.full for row in self.trained if not row.lone or rounds > 1]
+            packed = [row.full for row in self.trained if not row.unpacked or rounds > 1]
             flight = top(packed) * (2 if rounds > 2 or (rounds > 1 and not self._sums()) else 1)
         else:  # the bucket that is being filled, or the round being averaged and the next one: what was packed, and the slices
             flight = top(buckets) + self._far(buckets) if self.setting.shared else 2 * pair(buckets)

@@ -46,8 +46,8 @@ class Row(NamedTuple):
         return self.layout.numel * self.widths.param
 
     @property
-    def lone(self) -> bool:
-        """Whether it is one parameter without padding: its gradient needs no packing."""
+    def unpacked(self) -> bool:
+        """Whether it is one parameter without padding, whose gradient needs no packing."""
         return len(self.layout.slots) == 1 and self.layout.used == self.layout.numel
 
 
