@@ -158,7 +158,9 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
-constexpr int64_t kCached = 4 << 20;  // bytes: what is larger is read again from memory in any case
+// Bytes of what is packed by plain stores. More goes past the caches: its reader has other caches (another rank's core, a
+// device) or comes when these hold something else, and a plain store would first fetch what that reader left in its own.
+constexpr int64_t kCached = 1 << 20;
 
 void pack_all(Tensor& out, const std::vector<Part>& parts, Tensor& flag, double limit) {
   const Dtype dtype = check_exceeds(flag, out);

@@ -3,7 +3,8 @@
 // Two accumulators a lane take in values whose exponents lie within a window, each without rounding: a binary64 that begins
 // at a power of two above all sums keeps what of a square lies above its last bit, and another adds up what is left of it
 // below. A window spans 22 binades or more. What lies below it takes another turn with the next one, which gradients rarely
-// need.
+// need. Squares of bf16 and binary16 are short: those of the upper 15 or 12 binades leave nothing to the second accumulator,
+// and few blocks of gradients have others.
 #pragma once
 
 #include "copy_cpu.h"
@@ -30,6 +31,9 @@ template <>
 constexpr int kBinades<half> = 45 - 10;
 template <>
 constexpr int kBinades<float> = 45 - 23;
+// Of these, the highest, in which no square has bits below the last one of `high`.
+template <class T>
+constexpr int kShort = kBinades<T> - 23;
 
 // Adds value * 2^shift to the limbs; each limb keeps 32 bits, carries go up.
 ZL_FN void add_shifted(int64_t* limbs, uint64_t value, int shift) {
@@ -77,6 +81,11 @@ struct Window {
     const DoubleLanes x = __builtin_convertvector((FloatLanes)bits, DoubleLanes), square = x * x, sum = high + square;
     low += square - (sum - high);
     high = sum;
+  }
+  // The same for squares that leave nothing to `low`.
+  ZL_METHOD void add_short(const IntLanes& bits) {
+    const DoubleLanes x = __builtin_convertvector((FloatLanes)bits, DoubleLanes);
+    high += x * x;
   }
 };
 
@@ -136,8 +145,13 @@ ZL_FN void square_block(int64_t* limbs, const float* g, int64_t n) {
   if (e >= kBinades<T> && exponent_of(least + 1) <= e - kBinades<T>) return square_windows<T>(limbs, g, n);
   Window windows[kWindows];
   for (Window& window : windows) window.clear(e);
-  for (int64_t i = 0; i < n; i += kTurn)
-    for (int k = 0; k < kWindows; ++k) windows[k].add(bits_of(g + i + k * kWide));
+  if (exponent_of(least + 1) > e - kShort<T>) {
+    for (int64_t i = 0; i < n; i += kTurn)
+      for (int k = 0; k < kWindows; ++k) windows[k].add_short(bits_of(g + i + k * kWide));
+  } else {
+    for (int64_t i = 0; i < n; i += kTurn)
+      for (int k = 0; k < kWindows; ++k) windows[k].add(bits_of(g + i + k * kWide));
+  }
   add_windows(limbs, windows, e);
 }
 

@@ -128,7 +128,7 @@ def test_same_bits_as_the_reference(tmp_path):
     assert equal(found["reference"][1], found["native"][1])
 
 
-@pytest.mark.parametrize("weight_decay,lr", itertools.product([0.0, 0.1], [1e-3, 1e-1]))
+@pytest.mark.parametrize("weight_decay,lr", list(itertools.product([0.0, 0.1], [1e-3, 1e-1])))
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
 def test_one_step_is_within_a_few_ulp_of_torch(optimizer, weight_decay, lr):
     """The bound: with e = 2^-24 an update u takes at most ten roundings here and ten in torch, which fuses some and

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from zerolite.backward import FP32, top
 from zerolite.layout import ALIGN
 
-PART = 4 << 20  # bytes of a part on one rank: so few that what was packed is still in the caches when it is read
+PART = 4 << 20  # bytes of a part on one rank
 REGIONS = 4  # parts that are in flight at once: as far as a rank can be ahead of the slowest
 
 

@@ -8,8 +8,8 @@ slices in place, inside the update or the average.
 
 Where gradients rest whole, each lane has a region of its own, and a round is one part. Where they rest sharded, lanes cut
 rounds into parts of `parts.PART` bytes, which take turns on a few regions in the order in which they go out. So what is
-held does not grow with the model or its largest parameter, slices are still in the caches when they are read, and pages
-stay: a page's first use costs microseconds, as much as moving its bytes a hundred times.
+held does not grow with the model or its largest parameter, and pages stay: a page's first use costs microseconds, as much as
+moving its bytes a hundred times.
 """
 
 from __future__ import annotations
