@@ -61,7 +61,7 @@ PRESETS: dict[str, tuple[list[Block], list[str]]] = {
     "quick": ([Block("gpt2-5M", 2, True, 1, 2, 1)], ["update", "passes"]),
     "standard": (
         [
-            Block("gpt2-49M", 2, False, 2, 8),
+            Block("gpt2-49M", 2, False, 4, 8),
             *(Block("gpt2-49M", world, True, 1, 6) for world in (1, 4)),
             *(Block(model, 2, False, 1, 6, systems=FEW) for model in ("llama-56M", "moe-22M")),
         ],
@@ -156,7 +156,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="zerolite bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="standard", help="quick 5, standard 30 minutes, full a night")
+    parser.add_argument("--preset", choices=PRESETS, default="standard", help="quick 5, standard 45 minutes, full a night")
     parser.add_argument("--models", help=f"comma-separated, of {', '.join(KNOWN)}")
     parser.add_argument("--worlds", help="comma-separated numbers of ranks, such as 1,2,4")
     parser.add_argument("--systems", help="comma-separated names or beginnings of names (`zerolite bench list`)")

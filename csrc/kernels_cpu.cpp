@@ -24,7 +24,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 
 #include "copy_cpu.h"
 #include "half_cpu.h"
-#include "moments_avx2.h"
+#include "moments_wide.h"
 #include "moments_cpu.h"
 #include "square_cpu.h"
 
@@ -136,10 +136,10 @@ void reduce_adam_codes(const MomentTensors& t, const Sources& s, const MomentRow
   if (s.count == 1 && s.mean == 1.0f)
     return adam_span(t, static_cast<const uint16_t*>(s.data[0]) + start, r, start, stop - start);
   constexpr int64_t kLong = 4 * kBlock;
-  alignas(64) float g[16];
+  alignas(64) float g[kWords];
   alignas(64) bf16 words[kLong];
   for (int64_t at = start; at < stop; at += kLong) {
-    const int64_t n = stop - at < kLong ? stop - at : kLong, whole = n / 16 * 16;
+    const int64_t n = stop - at < kLong ? stop - at : kLong, whole = n / kWords * kWords;
     average_words(&words[0].bits, s, at, whole);
     average<bf16>(g, s, at + whole, n - whole);
     narrow_all(words + whole, g, n - whole);

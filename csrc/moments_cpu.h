@@ -1,5 +1,5 @@
 // CPU loops over moments_math.h: a part of kernels_cpu.cpp, compiled once for each instruction set. With AVX2,
-// int8 moments of bf16 parameters by bf16 gradients are in moments_avx2.h.
+// int8 moments of bf16 parameters by bf16 gradients are in moments_wide.h.
 //
 // Loops are cut where the width of elements changes: a loop over bytes and floats at once is vectorised for
 // the bytes, with four registers a value, and spills; short loops leave registers for constants.

@@ -1,0 +1,375 @@
+// The update with int8 moments of bf16 parameters by bf16 gradients, in vectors of 256 bits (AVX2) or 512 (AVX-512): a part
+// of kernels_cpu.cpp. Same formats and bits as moments_cpu.h, whose plain loops have all other dtypes.
+//
+// Intrinsics, since the pass is bound by instructions and compilers miss what saves them: codes are decoded by a table
+// of 16 bytes, widened by interleaving with zeros (no shift, no mask), and packed with saturation, which keeps a sign.
+// The best plain loops take a third longer.
+//
+// A processor looks ahead by less than it takes for a root and a quotient one after another (in one stage, with fewer
+// instructions, they take 6 % longer). So a group passes four stages, one a turn, and a turn has four groups in hand:
+//
+//   read:  decode, averages, largest magnitudes      turn k
+//   root:  root of the second moment                 turn k + 1
+//   step:  quotient, master                          turn k + 2
+//   write: dice, codes                               turn k + 3
+#pragma once
+
+#include "moments_cpu.h"
+
+#if defined(__AVX2__)
+namespace zerolite {
+namespace {
+
+// Intrinsics of either width that differ by their names only.
+#if defined(__AVX512BW__)
+using Ints = __m512i;
+using Floats = __m512;
+#define ZL_OP(name) _mm512_##name
+#define ZL_BITS(name) _mm512_##name##_si512
+#else
+using Ints = __m256i;
+using Floats = __m256;
+#define ZL_OP(name) _mm256_##name
+#define ZL_BITS(name) _mm256_##name##_si256
+#endif
+
+// Elements of a vector: codes, words, floats.
+constexpr int kCodes = sizeof(Ints), kWords = kCodes / 2, kFloats = kCodes / 4;
+static_assert(kGroup % kCodes == 0);
+
+ZL_FN Ints load(const void* p) { return ZL_BITS(loadu)(static_cast<const Ints*>(p)); }
+ZL_FN void store(void* p, Ints x) { ZL_BITS(storeu)(static_cast<Ints*>(p), x); }
+ZL_FN Ints zeros() { return ZL_BITS(setzero)(); }
+ZL_FN Ints as_ints(Floats x) { return (Ints)x; }
+ZL_FN Floats as_floats(Ints x) { return (Floats)x; }
+ZL_FN Ints all(uint32_t x) { return ZL_OP(set1_epi32)(static_cast<int>(x)); }
+ZL_FN Ints all_bytes(uint8_t x) { return ZL_OP(set1_epi8)(static_cast<char>(x)); }
+ZL_FN Ints all_words(uint16_t x) { return ZL_OP(set1_epi16)(static_cast<short>(x)); }
+ZL_FN Ints both(Ints a, Ints b) { return ZL_BITS(and)(a, b); }
+ZL_FN Ints either(Ints a, Ints b) { return ZL_BITS(or)(a, b); }
+ZL_FN Ints differ(Ints a, Ints b) { return ZL_BITS(xor)(a, b); }
+ZL_FN Ints without(Ints a, Ints b) { return ZL_BITS(andnot)(b, a); }  // a's bits that b has not
+
+#if defined(__AVX512BW__)
+// Packing and unpacking work in quarters: what a quarter takes from two vectors' halves lies side by side before, or after.
+ZL_FN Ints spread(Ints x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
+ZL_FN Ints gathered(Ints x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), x); }
+ZL_FN Ints repeat(__m128i x) { return _mm512_broadcast_i32x4(x); }
+ZL_FN Ints where_bytes(Ints x, Ints value) { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(x, x), value); }
+ZL_FN Ints where_words(Ints x, Ints value) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, x), value); }
+ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
+  return _mm512_mask_mov_epi32(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+}
+ZL_FN __m256i folded(Ints x) { return _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)); }
+#else
+// Packing and unpacking work in halves: the middle quarters change places before, or after.
+ZL_FN Ints spread(Ints x) { return _mm256_permute4x64_epi64(x, 0xd8); }
+ZL_FN Ints gathered(Ints x) { return spread(x); }
+ZL_FN Ints repeat(__m128i x) { return _mm256_set_m128i(x, x); }
+ZL_FN Ints where_bytes(Ints x, Ints value) { return without(value, _mm256_cmpeq_epi8(x, zeros())); }
+ZL_FN Ints where_words(Ints x, Ints value) { return without(value, _mm256_cmpeq_epi32(x, zeros())); }
+ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
+  return _mm256_blendv_epi8(value, nan, as_ints(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+ZL_FN __m256i folded(Ints x) { return x; }
+#endif
+
+// Elements of kWords words go to two vectors of floats, in each part of 128 bits the first four and the last. Packing is the
+// reverse.
+ZL_FN Ints widened(Ints low, Ints high, int half) {
+  return half == 0 ? ZL_OP(unpacklo_epi16)(low, high) : ZL_OP(unpackhi_epi16)(low, high);
+}
+
+struct Constants {
+  // Bytes of the bf16 patterns of codes below 16, xor what the rule for codes of higher fields makes of them.
+  Ints low_fix, high_fix;
+  Ints byte_size, byte_past, byte_exponent, byte_base, byte_fraction, byte_nonzero;
+  Ints word_size, word_byte, split;
+  Ints size, first, second, low_word, least;
+  Floats half, two;
+};
+ZL_FN Constants constants() {
+  alignas(64) uint8_t low[kCodes], high[kCodes];
+  for (uint32_t c = 0; c < 16; ++c) {
+    const uint32_t fix = as_bits(decode_moment(c, 1.0f)) >> 16 ^ (0x400u + c) << 4;
+    for (int part = 0; part < kCodes; part += 16) {
+      low[c + part] = static_cast<uint8_t>(fix);
+      high[c + part] = static_cast<uint8_t>(fix >> 8);
+    }
+  }
+  const __m128i split = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  Constants c = {load(low),
+                 load(high),
+                 all_bytes(0x7f),
+                 all_bytes(0x70),
+                 all_bytes(0x07),
+                 all_bytes(0x40),
+                 all_bytes(0x0f),
+                 all_bytes(0x04),
+                 all_words(0x7f),
+                 all_words(0xff),
+                 repeat(split),
+                 all(0x7fffffffu),
+                 all(0x85ebca6bu),
+                 all(0xc2b2ae35u),
+                 all(0xffffu),
+                 all((128u << 23) + kStep),
+                 ZL_OP(set1_ps)(0.5f),
+                 ZL_OP(set1_ps)(2.0f)};
+  return c;
+}
+
+// Hyper-parameters in every lane.
+struct WideRow {
+  Floats grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size;
+  Ints salt;
+  explicit ZL_METHOD WideRow(const MomentRow& r)
+      : grad_scale(ZL_OP(set1_ps)(r.adam.grad_scale)),
+        l2(ZL_OP(set1_ps)(r.adam.l2)),
+        decay(ZL_OP(set1_ps)(r.adam.decay)),
+        mix1(ZL_OP(set1_ps)(r.adam.mix1)),
+        beta2(ZL_OP(set1_ps)(r.adam.beta2)),
+        mix2(ZL_OP(set1_ps)(r.adam.mix2)),
+        eps(ZL_OP(set1_ps)(r.adam.eps)),
+        step_size(ZL_OP(set1_ps)(r.adam.step_size)),
+        salt(all(salt_of(r.step))) {}
+};
+
+struct Units {
+  Floats m, v;
+};
+
+struct Tensors {
+  uint16_t* param;
+  int16_t* rest;
+  uint8_t* m;
+  uint8_t* v;
+  uint8_t* scales;
+  const uint16_t* g;
+};
+
+struct Staged {
+  alignas(64) float p[kGroup], m[kGroup], v[kGroup], d[kGroup];
+  float in_m, in_v;  // factors to units
+  bool past;         // a second moment is above kLargest: it is stored as kLargest, after its root was taken
+};
+
+// bf16 patterns, in units, of kCodes codes. As words they are (0x400 + code) << 4; of 0 and of field 0 they are not.
+ZL_FN void words_of_moments(Ints* to, const uint8_t* codes, const Constants& k) {
+  const Ints c = spread(load(codes)), size = both(c, k.byte_size);
+  const Ints low = without(ZL_OP(slli_epi16)(c, 4), k.byte_fraction);
+  const Ints exponent = both(ZL_OP(srli_epi16)(c, 4), k.byte_exponent);
+  const Ints high = either(exponent, either(without(c, k.byte_size), k.byte_base));
+  const Ints at = ZL_OP(add_epi8)(size, k.byte_past);  // of codes above 15 the sign bit, and so no fix
+  const Ints l = differ(low, ZL_OP(shuffle_epi8)(k.low_fix, at));
+  const Ints h = differ(high, ZL_OP(shuffle_epi8)(k.high_fix, at));
+  to[0] = ZL_OP(unpacklo_epi8)(l, h);
+  to[1] = ZL_OP(unpackhi_epi8)(l, h);
+}
+ZL_FN void words_of_squares(Ints* to, const uint8_t* codes, const Constants& k) {
+  const Ints c = spread(load(codes));
+  const Ints high = where_bytes(c, k.byte_nonzero);
+  to[0] = ZL_OP(slli_epi16)(ZL_OP(unpacklo_epi8)(c, high), 4);
+  to[1] = ZL_OP(slli_epi16)(ZL_OP(unpackhi_epi8)(c, high), 4);
+}
+
+// The stages, of kWords elements; `tops` are the largest magnitudes so far, of both moments.
+ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints mw, Ints vw, const Units& from, const WideRow& r,
+                  const Constants& k, Ints* tops) {
+  const Ints zero = zeros();
+  const Ints lo = load(t.rest + at), gw = load(t.g + at);
+  const Ints hi = ZL_OP(add_epi16)(load(t.param + at), ZL_OP(srai_epi16)(lo, 15));  // as join()
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // as adam_averages()
+    const Floats p = as_floats(widened(lo, hi, i)), g = as_floats(widened(zero, gw, i)) * r.grad_scale + r.l2 * p;
+    Floats m = as_floats(widened(zero, mw, i)) * from.m, v = as_floats(widened(zero, vw, i)) * from.v;
+    m = m + (g - m) * r.mix1;
+    v = v * r.beta2 + (g * g) * r.mix2;
+    ZL_OP(store_ps)(x.p + at + kFloats * i, p);
+    ZL_OP(store_ps)(x.m + at + kFloats * i, m);
+    ZL_OP(store_ps)(x.v + at + kFloats * i, v);
+    tops[0] = ZL_OP(max_epu32)(tops[0], both(as_ints(m), k.size));
+    tops[1] = ZL_OP(max_epu32)(tops[1], as_ints(v));
+  }
+}
+ZL_FN void root_words(Staged& x, int at, const WideRow& r) {
+#pragma GCC unroll 2
+  for (int i = at; i < at + kWords; i += kFloats) ZL_OP(store_ps)(x.d + i, ZL_OP(sqrt_ps)(ZL_OP(load_ps)(x.v + i)) + r.eps);
+}
+ZL_FN void step_words(Staged& x, int at, const Tensors& t, const WideRow& r, const Constants& k) {
+  Ints words[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    float* const p = x.p + at + kFloats * i;
+    const Floats quotient = ZL_OP(load_ps)(x.m + at + kFloats * i) / ZL_OP(load_ps)(x.d + at + kFloats * i);
+    const Floats next = ZL_OP(load_ps)(p) * r.decay - r.step_size * quotient;
+    ZL_OP(store_ps)(p, next);
+    words[i] = ZL_OP(shuffle_epi8)(as_ints(next), k.split);
+  }
+  const Ints lo = ZL_OP(unpacklo_epi64)(words[0], words[1]), hi = ZL_OP(unpackhi_epi64)(words[0], words[1]);
+  store(t.rest + at, lo);
+  store(t.param + at, ZL_OP(sub_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)));  // as split()
+}
+// Words that hold the codes of first moments without signs, their signs, and the codes of second moments.
+struct Coded {
+  Ints m, sign, v;
+};
+ZL_FN Coded write_words(const Staged& x, int at, const Tensors& t, const Units& to, const WideRow& r, const Constants& k) {
+  const Ints gw = load(t.g + at);
+  Ints m[2], code_m[2], code_v[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Ints g = widened(zeros(), gw, i);
+    Ints h = ZL_OP(mullo_epi32)(differ(load(x.p + at + kFloats * i), r.salt), k.first);  // as dice_of()
+    h = ZL_OP(mullo_epi32)(differ(differ(h, g), ZL_OP(srli_epi32)(h, 15)), k.second);
+    const Ints dice = differ(h, ZL_OP(srli_epi32)(h, 16));
+    m[i] = load(x.m + at + kFloats * i);
+    const Floats y = as_floats(both(m[i], k.size)) * to.m;  // as encode_moment()
+    const Ints top = as_ints(ZL_OP(max_ps)(y, ZL_OP(fmadd_ps)(y, k.half, k.two)));
+    code_m[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(top, ZL_OP(srli_epi32)(dice, 32 - kDropped)), kDropped);
+    const Ints z = as_ints(ZL_OP(load_ps)(x.v + at + kFloats * i) * to.v);         // as encode_square()
+    const Ints raised = where_words(z, ZL_OP(max_epu32)(z, k.least));  // 0 stays 0
+    // The last 4 bits meet no dice, so that they carry nothing.
+    code_v[i] =
+        ZL_OP(srli_epi32)(ZL_OP(add_epi32)(ZL_OP(srli_epi32)(raised, 4), both(dice, k.low_word)), 16);
+  }
+  return {both(ZL_OP(packus_epi32)(code_m[0], code_m[1]), k.word_size), ZL_OP(packs_epi32)(m[0], m[1]),
+          both(ZL_OP(packus_epi32)(code_v[0], code_v[1]), k.word_byte)};
+}
+ZL_FN void store_codes(const Tensors& t, int at, const Coded& a, const Coded& b, const Constants& k) {
+  const Ints sign = without(ZL_OP(packs_epi16)(a.sign, b.sign), k.byte_size);
+  store(t.m + at, gathered(either(ZL_OP(packus_epi16)(a.m, b.m), sign)));
+  store(t.v + at, gathered(ZL_OP(packus_epi16)(a.v, b.v)));
+}
+
+ZL_FN Tensors at_group(const Tensors& t, int64_t k) {
+  const int64_t i = k * kGroup;
+  return {t.param + i, t.rest + i, t.m + i, t.v + i, t.scales + 2 * k, t.g + i};
+}
+
+ZL_FN void set_scales(Staged& x, const Tensors& t, const Ints* tops) {
+  const Ints pairs = ZL_OP(max_epu32)(ZL_OP(unpacklo_epi32)(tops[0], tops[1]), ZL_OP(unpackhi_epi32)(tops[0], tops[1]));
+  const __m256i half = folded(pairs);
+  __m128i quarter = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  quarter = _mm_max_epu32(quarter, _mm_unpackhi_epi64(quarter, quarter));
+  const uint64_t top = static_cast<uint64_t>(_mm_cvtsi128_si64(quarter));
+  const uint32_t top_v = static_cast<uint32_t>(top >> 32);
+  x.past = top_v > kLargest;
+  t.scales[0] = scale_of<MomentCode>(static_cast<uint32_t>(top));
+  t.scales[1] = scale_of<SquareCode>(x.past ? kLargest : top_v);
+  x.in_m = to_units<MomentCode>(t.scales[0]);
+  x.in_v = to_units<SquareCode>(t.scales[1]);
+}
+ZL_FN void end_at_largest(Staged& x) {
+  for (int i = 0; i < kGroup; ++i) x.v[i] = as_float(as_bits(x.v[i]) < kLargest ? as_bits(x.v[i]) : kLargest);
+}
+
+// One turn: `read` says whether group k has this stage in it, and so on.
+template <bool read, bool roots, bool step, bool write>
+ZL_FN void turn(const Tensors& all_groups, int64_t k, Staged* ring, const WideRow& r, const Constants& c) {
+  const Tensors first = at_group(all_groups, read ? k : 0), third = at_group(all_groups, step ? k - 2 : 0);
+  const Tensors fourth = at_group(all_groups, write ? k - 3 : 0);
+  Units from = {}, to = {};
+  if constexpr (read)
+    from = {ZL_OP(set1_ps)(from_units<MomentCode>(first.scales[0])),
+            ZL_OP(set1_ps)(from_units<SquareCode>(first.scales[1]))};
+  Staged& last = ring[(k - 3) & 3];
+  if constexpr (write) {
+    if (last.past) end_at_largest(last);
+    to = {ZL_OP(set1_ps)(last.in_m), ZL_OP(set1_ps)(last.in_v)};
+  }
+  Ints tops[2] = {zeros(), zeros()};
+#pragma GCC unroll 1
+  for (int at = 0; at < kGroup; at += kCodes) {
+    Ints mw[2], vw[2];
+    Coded coded[2];
+    if constexpr (read) words_of_moments(mw, first.m + at, c);
+    if constexpr (read) words_of_squares(vw, first.v + at, c);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      if constexpr (read) read_words(ring[k & 3], at + kWords * j, first, mw[j], vw[j], from, r, c, tops);
+      if constexpr (roots) root_words(ring[(k - 1) & 3], at + kWords * j, r);
+      if constexpr (write) coded[j] = write_words(last, at + kWords * j, fourth, to, r, c);
+      if constexpr (step) step_words(ring[(k - 2) & 3], at + kWords * j, third, r, c);
+    }
+    if constexpr (write) store_codes(fourth, at, coded[0], coded[1], c);
+  }
+  if constexpr (read) set_scales(ring[k & 3], first, tops);
+}
+
+// Whole groups.
+__attribute__((noinline)) void adam_codes(const Tensors& tensors, const MomentRow& row, int64_t groups) {
+  const Tensors t = tensors;
+  const WideRow r(row);
+  Constants c = constants();
+#if defined(__GNUC__)
+  asm volatile(
+      ""
+      : "+m"(c));  // else the compiler, which knows them, makes them anew in each turn, three instructions each
+#endif
+  Staged ring[4];
+
+  for (int64_t k = 0; k < groups + 3; ++k) {
+    if (k >= 3 && k < groups) {
+      turn<true, true, true, true>(t, k, ring, r, c);
+      continue;
+    }
+    if (k < groups) turn<true, false, false, false>(t, k, ring, r, c);
+    if (k >= 1 && k < groups + 1) turn<false, true, false, false>(t, k, ring, r, c);
+    if (k >= 2 && k < groups + 2) turn<false, false, true, false>(t, k, ring, r, c);
+    if (k >= 3) turn<false, false, false, true>(t, k, ring, r, c);
+  }
+}
+
+// Patterns of [at, at + n) of the averaged gradient, as average() and narrow() make them; n is a multiple of kWords. Of a
+// pair of words each is a float where it lies, but for a shift of the lower one.
+ZL_FN void average_words(uint16_t* to, const Sources& s, int64_t at, int64_t n) {
+  const Ints one = all(1), below_half = all(0x7fffu), nan = all(0x7fc00000u), upper = all(0xffff0000u);
+  const Floats mean = ZL_OP(set1_ps)(s.mean);
+  const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
+  for (int64_t i = at; i < at + n; i += kWords) {
+    const Ints first = load(from[0] + i);
+    Floats sum[2] = {as_floats(ZL_OP(slli_epi32)(first, 16)), as_floats(both(first, upper))};
+    for (int k = 1; k < s.count; ++k) {
+      const Ints next = load(from[k] + i);
+      sum[0] = sum[0] + as_floats(ZL_OP(slli_epi32)(next, 16));
+      sum[1] = sum[1] + as_floats(both(next, upper));
+    }
+    Ints near[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // as nearest_even()
+      const Floats x = sum[j] * mean;
+      const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), one);
+      near[j] = nan_or(x, nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), below_half), odd));
+    }
+    store(to + i - at, either(ZL_OP(srli_epi32)(near[0], 16), both(near[1], upper)));
+  }
+}
+
+// Elements [at, at + n) by their gradients; a parameter's last group may be short.
+ZL_FN void adam_span(const MomentTensors& x, const uint16_t* g, const MomentRow& row, int64_t at, int64_t n) {
+  const Tensors t = {static_cast<uint16_t*>(x.param) + at, static_cast<int16_t*>(x.rest) + at,
+                     static_cast<uint8_t*>(x.m) + at,      static_cast<uint8_t*>(x.v) + at,
+                     x.scales + at / kGroup * 2,           g};
+  const int64_t groups = n / kGroup, left = n % kGroup;
+  if (groups > 0) adam_codes(t, row, groups);
+  if (left == 0) return;
+  uint16_t param[kGroup] = {}, grad[kGroup] = {};
+  int16_t rest[kGroup] = {};
+  uint8_t m[kGroup] = {}, v[kGroup] = {};
+  const Tensors end = at_group(t, groups);
+  copy(param, end.param, left);
+  copy(rest, end.rest, left);
+  copy(m, end.m, left);
+  copy(v, end.v, left);
+  copy(grad, end.g, left);
+  adam_codes({param, rest, m, v, end.scales, grad}, row, 1);
+  copy(end.param, param, left);
+  copy(end.rest, rest, left);
+  copy(end.m, m, left);
+  copy(end.v, v, left);
+}
+
+}  // namespace
+}  // namespace zerolite
+#endif
