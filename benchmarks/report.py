@@ -39,7 +39,7 @@ def text(results: Path, pictures: Sequence[Path] = ()) -> str:
     parts = [HEAD]
     parts += [f"![{path.stem.replace('-', ' ')}]({path.as_posix()})\n" for path in pictures]
     parts += [getattr(tables, name)(found[name]) for name in ("update", "passes") if found[name]]
-    parts.append(tables.step(blocks))
+    parts.append(tables.step(blocks, found["passes"], found["update"]))
     parts += [tables.largest(read(path)) for path in sorted(results.glob("largest-*.jsonl"))]
     parts += [tables.exchange(read(path)) for path in sorted(results.glob("exchange-*.jsonl"))]
     parts += [getattr(tables, name)(found[name]) for name in ("small", "footprint") if found[name]]

@@ -78,20 +78,6 @@ def of_largest(rows: list[Row]) -> list[Target]:
     return found
 
 
-def floor(rows: list[Row]) -> str:
-    """What the model alone takes, where that is more than the memory target allows; else empty."""
-    alone = next((row for row in rows if row["system"] == "model alone"), None)
-    peers = [peer for stage in (1, 2, 3) if (peer := best(rows, ABOVE, "DeepSpeed", stage))]
-    over = [peer for peer in peers if alone is not None and alone[ABOVE] > PEAK * peer[ABOVE]]
-    if not over or alone is None:
-        return ""
-    shares = ", ".join(f"{alone[ABOVE] / peer[ABOVE]:.2f} of {peer['system']}'s" for peer in over)
-    return (
-        f"\nThe model alone (parameters, gradients and activations, no states) already peaks at {shares} (above imports): at "
-        "this size the memory target leaves no room for exact states.\n"
-    )
-
-
 def missed(targets: list[Target]) -> str:
     """The targets that are missed, a line for each system; empty where there are none to compare."""
     if not targets:

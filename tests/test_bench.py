@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import compare, construct, harness, largest, report, scale, step, suite, systems, tables, targets
+from benchmarks import compare, construct, harness, largest, reasons, report, scale, step, suite, systems, tables, targets
 from benchmarks.models import KNOWN, MODELS, Shape
 from benchmarks.progress import Progress
 from zerolite import cli
@@ -185,8 +185,25 @@ def test_targets_name_what_is_missed():
     assert [(t.figure, t.met) for t in found] == [(2.1, True), (2.9, False)]
 
 
+def test_reasons_are_told_in_figures():
+    rates = {"pack": 0.1, "average of 2": 0.2, "square sum": 0.4, "zerolite": 0.6}
+    passes = [{"side": side, "ns": [0.0, ns, 9.0]} for side, ns in rates.items()]
+    rows = [row(systems.ALONE, 0.0, peak=3 << 29), row("DDP + AdamW(fused)", 0.2), row("DeepSpeed 2", 0.6)]
+    late = [*rows, row("zerolite 2", 0.15, build=0.25)]
+    text = reasons.of_block(late, passes[:3], passes[3:])
+    assert "packing 1 ms, averaging 1, the exact norm 2 and the update 3 take 7 ms" in text  # 5e6 elements
+    assert "6 at stage 1" in text and "DeepSpeed 2's sixth is 100." in text
+    alone = (1 << 29) / 1e7  # bytes a parameter and rank at the model's own peak, of which 9 rest
+    assert f"zerolite 2 9.0 + {alone - 9:.1f} = {alone:.1f} (peak {2 * alone:.1f}, bound {alone:.1f})" in text
+    assert "zerolite 2 250 of 1000 ms" in text
+    assert "overhead" not in reasons.of_block(late, [], [])  # without rates nothing is claimed
+    single = [{**r, "ranks": 1} for r in late]
+    assert "zerolite 2 0.0 (gradients" in reasons.of_block(single, passes[:3], passes[3:])
+    assert reasons.of_block([*rows, row("zerolite 2", 0.01, peak=3 << 29, first=0.1)], passes, []) == ""
+
+
 def test_the_table_has_every_system_and_the_figures():
-    text = tables.step([[row(systems.ALONE, 0.0), row("DDP + AdamW(fused)", 0.2), row("zerolite 2", 0.05)]])
+    text = tables.step([[row(systems.ALONE, 0.0), row("DDP + AdamW(fused)", 0.2), row("zerolite 2", 0.05)]], [], [])
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert re.search(

@@ -1,0 +1,88 @@
+"""Why targets are missed, as far as stored figures tell: bytes that rest, passes over memory, construction."""
+
+from __future__ import annotations
+
+from benchmarks.harness import Row
+from benchmarks.targets import ABOVE, DEEPSPEED, PEAK, Target, best, of_steps, stage_of
+
+
+def of_block(rows: list[Row], passes: list[Row], update: list[Row]) -> str:
+    """A line for each kind of target that is missed in one model at one world size; empty where none is."""
+    late = [target for target in of_steps(rows) if not target.met]
+    known = {row["system"]: row for row in rows if row["benchmark"] == "step"}
+    if not late or "model alone" not in known:
+        return ""
+    lines = [overhead(late, known, passes, update), memory(late, known), first(late, known)]
+    found = [f"- {line}" for line in lines if line]
+    return "\nReasons, as far as found:\n\n" + "\n".join(found) + "\n" if found else ""
+
+
+def names_of(late: list[Target], kind: str) -> list[str]:
+    """Systems that miss a target of a kind, each once."""
+    return list(dict.fromkeys(target.system for target in late if target.of.startswith(kind)))
+
+
+def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], update: list[Row]) -> str:
+    """At several ranks the passes over gradients and states at their measured rates; at one rank the bytes of states."""
+    names = names_of(late, "overhead")
+    if not names:
+        return ""
+    one = known[names[0]]
+    ddp = best(list(known.values()), "overhead", "DDP")
+    if one["ranks"] == 1:
+        if ddp is None:
+            return ""
+        alone, own = known["model alone"]["bytes_a_parameter"], ddp["bytes_a_parameter"]
+        ours = ", ".join(f"{name} {known[name]['bytes_a_parameter'] - alone:.1f}" for name in names)
+        return (
+            f"overhead: at one rank nothing is exchanged, and the update's bytes decide. {ddp['system']} keeps no fp32 master "
+            f"of bf16 parameters, and its moments in bf16: {own - alone:.1f} bytes of states a parameter; {ours} (gradients "
+            "that stay included)"
+        )
+    rates = {row["side"]: row["ns"][1] for row in passes + update}
+    sides = ("pack", "average of 2", "square sum", "zerolite")
+    if any(side not in rates for side in sides):
+        return ""
+    ranks, size = one["ranks"], one["numel"] * 1e-6  # ms for each ns
+    # Each rank packs all of its gradients, and averages come from `ranks` sources instead of 2 (by bytes).
+    times = [rates["pack"] * ranks, rates["average of 2"] * (ranks + 1) / 3, rates["square sum"], rates["zerolite"]]
+    each = [time * size for time in times]
+    peers = {stage: best(list(known.values()), "overhead", "DeepSpeed", stage) for stage in dict.fromkeys(map(stage_of, names))}
+    bounds = [f"{peer['system']}'s sixth is {peer['overhead'] * DEEPSPEED * 1e3:.0f}" for peer in peers.values() if peer]
+    return (
+        f"overhead: at the rates of the tables above packing {each[0]:.0f} ms, averaging {each[1]:.0f}, the exact norm "
+        f"{each[2]:.0f} and the update {each[3]:.0f} take {sum(each):.0f} ms on these cores at stages 2 and 3, and "
+        f"{sum(each) - each[1]:.0f} at stage 1, which averages inside norm and update; {', '.join(bounds)}. What was "
+        "just written passes faster; the rest is waiting for the slowest rank"
+    )
+
+
+def memory(late: list[Target], known: dict[str, Row]) -> str:
+    """What rests, and what the model's own step takes beside its parameters: about the least that a peak can be."""
+    names, alone = names_of(late, "peak"), known["model alone"]
+    if not names:
+        return ""
+    step = alone[ABOVE] - alone["bytes_a_parameter"]
+    told = []
+    for name in names:
+        peer = best(list(known.values()), ABOVE, "DeepSpeed", stage_of(name))
+        assert peer is not None
+        rest, bound = known[name]["bytes_a_parameter"], peer[ABOVE] * PEAK
+        told.append(f"{name} {rest:.1f} + {step:.1f} = {rest + step:.1f} (peak {known[name][ABOVE]:.1f}, bound {bound:.1f})")
+    return (
+        "peak memory, bytes a parameter and rank: what rests, and what the model alone takes beside its parameters at its own "
+        f"peak (activations, gradients): {'; '.join(told)}"
+    )
+
+
+def first(late: list[Target], known: dict[str, Row]) -> str:
+    """How much of the first step is construction."""
+    told = []
+    for name in names_of(late, "first"):
+        row = known[name]
+        told.append(f"{name} {row['build'] * 1e3:.0f} of {row['first'] * 1e3:.0f} ms" if "build" in row else name)
+    return (
+        f"first step: of it construction (states and shared memory touched for the first time): {', '.join(told)}"
+        if told
+        else ""
+    )
