@@ -81,8 +81,5 @@ def first(late: list[Target], known: dict[str, Row]) -> str:
     for name in names_of(late, "first"):
         row = known[name]
         told.append(f"{name} {row['build'] * 1e3:.0f} of {row['first'] * 1e3:.0f} ms" if "build" in row else name)
-    return (
-        f"first step: of it construction (states and shared memory touched for the first time): {', '.join(told)}"
-        if told
-        else ""
-    )
+    end = "the rest is the step, whose memory is touched for the first time"
+    return f"first step: of it construction {', '.join(told)}; {end}" if told else ""
