@@ -112,6 +112,9 @@ def overhead(axes: Any, rows: list[Row]) -> None:
     axes.set_yscale("log")
     sizes = sorted({size for points in drawn.values() for size, _ in points})
     axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    low, high = axes.get_ylim()
+    steps = [n * 10.0**power for power in range(-1, 6) for n in (1, 2, 5)]
+    axes.set_yticks([step for step in steps if low <= step <= high], [f"{step:g}" for step in steps if low <= step <= high])
     axes.minorticks_off()
     axes.set_xlabel("million parameters")
     axes.set_ylabel("overhead, ms a step")
