@@ -28,8 +28,8 @@ def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], updat
     if not names:
         return ""
     one = known[names[0]]
-    ddp = best(list(known.values()), "overhead", "DDP")
     if one["ranks"] == 1:
+        ddp = best(list(known.values()), "overhead", "DDP")
         if ddp is None:
             return ""
         alone, own = known["model alone"]["bytes_a_parameter"], ddp["bytes_a_parameter"]

@@ -63,9 +63,8 @@ def highest(plan: Plan) -> Most:
             missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
             packed = -full * row.unpacked  # it rests as it came
         elif rounds > 2 or row.widths.param == FP32 or leaves:
-            packed = full * (
-                rounds > 1 or not row.unpacked
-            )  # a further round is a tensor of its own, and so is one that leaves
+            # A further round is a tensor of its own, and so is one that leaves.
+            packed = full * (rounds > 1 or not row.unpacked)
         if plan.leaves:
             missing = 0  # they come to rest in the other memory
         arrived, early = (elements * row.widths.param * row.trained for elements in (row.layout.used, row.early))
