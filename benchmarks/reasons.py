@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Row
-from benchmarks.targets import ABOVE, DEEPSPEED, PEAK, Target, best, of_steps, stage_of
+from benchmarks.targets import ABOVE, DEEPSPEED, PEAK, Target, best, of_steps
 
 
 def of_block(rows: list[Row], passes: list[Row], update: list[Row]) -> str:
@@ -17,9 +17,9 @@ def of_block(rows: list[Row], passes: list[Row], update: list[Row]) -> str:
     return "\nReasons, as far as found:\n\n" + "\n".join(found) + "\n" if found else ""
 
 
-def names_of(late: list[Target], kind: str) -> list[str]:
-    """Systems that miss a target of a kind, each once."""
-    return list(dict.fromkeys(target.system for target in late if target.of.startswith(kind)))
+def names_of(late: list[Target], metric: str) -> list[str]:
+    """Systems that miss a target of a figure, each once."""
+    return list(dict.fromkeys(target.system for target in late if target.metric == metric))
 
 
 def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], update: list[Row]) -> str:
@@ -47,8 +47,9 @@ def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], updat
     # Each rank packs all of its gradients, and averages come from `ranks` sources instead of 2 (by bytes).
     times = [rates["pack"] * ranks, rates["average of 2"] * (ranks + 1) / 3, rates["square sum"], rates["zerolite"]]
     each = [time * size for time in times]
-    peers = {stage: best(list(known.values()), "overhead", "DeepSpeed", stage) for stage in dict.fromkeys(map(stage_of, names))}
-    bounds = [f"{peer['system']}'s sixth is {peer['overhead'] * DEEPSPEED * 1e3:.0f}" for peer in peers.values() if peer]
+    targets = [t for t in of_steps(list(known.values())) if t.bound == DEEPSPEED and t.system in names]
+    peers = {target.peer["system"]: target.peer["overhead"] for target in targets}
+    bounds = [f"{name}'s sixth is {value * DEEPSPEED * 1e3:.0f}" for name, value in peers.items()]
     return (
         f"overhead: at the rates of the tables above packing {each[0]:.0f} ms, averaging {each[1]:.0f}, the exact norm "
         f"{each[2]:.0f} and the update {each[3]:.0f} take {sum(each):.0f} ms on these cores at stages 2 and 3, and "
@@ -59,16 +60,15 @@ def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], updat
 
 def memory(late: list[Target], known: dict[str, Row]) -> str:
     """What rests, and what the model's own step takes beside its parameters: about the least that a peak can be."""
-    names, alone = names_of(late, "peak"), known["model alone"]
-    if not names:
-        return ""
+    alone, told = known["model alone"], []
     step = alone[ABOVE] - alone["bytes_a_parameter"]
-    told = []
-    for name in names:
-        peer = best(list(known.values()), ABOVE, "DeepSpeed", stage_of(name))
-        assert peer is not None
-        rest, bound = known[name]["bytes_a_parameter"], peer[ABOVE] * PEAK
-        told.append(f"{name} {rest:.1f} + {step:.1f} = {rest + step:.1f} (peak {known[name][ABOVE]:.1f}, bound {bound:.1f})")
+    for target in late:
+        if target.metric == ABOVE:
+            name, bound = target.system, target.peer[ABOVE] * PEAK
+            rest = known[name]["bytes_a_parameter"]
+            told.append(f"{name} {rest:.1f} + {step:.1f} = {rest + step:.1f} (peak {known[name][ABOVE]:.1f}, bound {bound:.1f})")
+    if not told:
+        return ""
     return (
         "peak memory, bytes a parameter and rank: what rests, and what the model alone takes beside its parameters at its own "
         f"peak (activations, gradients): {'; '.join(told)}"

@@ -2,18 +2,6 @@
 
     zerolite bench scale [--results benchmarks/results] [--hardware H100|A100|FILE.json]
 
-Calibration, on one CPU host of c cores with N ranks (T: seconds of a step, M: bytes of all ranks together):
-
-    T(N) = compute(N) + overhead(N)
-    compute(N)  = A N/c + B max(1, N/c)    every rank's work shares the cores; what one thread of a rank does alone does not
-    overhead(N) = U u(N) + X (N - 1)       u = 1 where states are sharded (each element is updated once), N where not;
-                                           N - 1 times the parameters' bytes travel, on all ranks together
-    M(N) = R N + S                         what each rank has, and what they hold once between them
-
-A and B come from "model alone", U and X from a system's overheads, R and S from its memory; none is negative. Each is fitted
-with the other worlds alone, and predicts the world that was left out. Worlds that all fill the cores cannot tell B from A: from
-those alone, a smaller world is predicted as if its threads scaled perfectly (B = 0).
-
 Forecast, a rank of N, H of them on a host, P parameters of w = 2 bytes, T tokens a rank:
 
     compute  = 8 P T / (peak x mfu)              forward 2, backward 4, and 2 for recomputed activations (checkpointing)
@@ -37,12 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import calibrate, harness
 from benchmarks.harness import Row, read, shown, store
 from benchmarks.progress import show
-from benchmarks.systems import ALONE
-
-TOLERANCE = 0.10  # of a prediction of a world that was left out
 
 
 @dataclass(frozen=True)
@@ -73,86 +58,6 @@ HARDWARE = {
         "A100 SXM 80 GB, 8 a host", 312e12, 80e9, 2.04e12, 300e9, 25e9, 25e9, source="data sheets; mfu etc. assumed"
     ),
 }
-
-
-# ---- calibration
-
-
-def fit(features: list[list[float]], values: list[float]) -> list[float]:
-    """The least squares of relative errors in coefficients that are not negative: the best over which of them are used."""
-    import torch
-
-    width = len(features[0])
-    best: tuple[float, list[float]] = (float("inf"), [0.0] * width)
-    rows = [[x / max(abs(v), 1e-12) for x in line] for line, v in zip(features, values, strict=True)]
-    for mask in range(1, 1 << width):
-        used = [k for k in range(width) if mask >> k & 1]
-        a = torch.tensor([[line[k] for k in used] for line in rows], dtype=torch.float64)
-        b = torch.tensor([1.0 if v > 0 else 0.0 for v in values], dtype=torch.float64)
-        solved = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
-        error = float((a @ solved - b).square().sum())
-        if bool((solved >= 0).all()) and error < best[0] - 1e-15:
-            full = [0.0] * width
-            for k, value in zip(used, solved.tolist(), strict=True):
-                full[k] = value
-            best = (error, full)
-    return best[1]
-
-
-def compute_features(world: int, cores: int) -> list[float]:
-    return [world / cores, max(1.0, world / cores)]
-
-
-def overhead_features(world: int, sharded: bool) -> list[float]:
-    return [1.0 if sharded else float(world), world - 1.0]
-
-
-def sharded(system: str) -> bool:
-    """Whether an element's states are on one rank only."""
-    return not (system.startswith("DDP") or system.endswith(" 0") or system == ALONE)
-
-
-def predict(at: dict[int, Row], alone: dict[int, Row], world: int, known: Sequence[int], cores: int) -> dict[str, float]:
-    """Step time and memory at `world` from the rows at the `known` worlds."""
-
-    def line(features: list[list[float]], values: list[float], here: list[float]) -> float:
-        return sum(c * x for c, x in zip(fit(features, values), here, strict=True))
-
-    system = at[known[0]]["system"]
-    step = line([compute_features(n, cores) for n in known], [alone[n]["step"] for n in known], compute_features(world, cores))
-    if system != ALONE:
-        over = [overhead_features(n, sharded(system)) for n in known]
-        step += line(over, [at[n]["overhead"] for n in known], overhead_features(world, sharded(system)))
-    found = {"step": step}
-    for name in ("peak", "rest"):
-        found[name] = line([[n, 1.0] for n in known], [at[n][name] for n in known], [world, 1.0])
-    return found
-
-
-def calibrate(rows: list[Row]) -> list[Row]:
-    """For each model and system that was measured at three worlds or more: each world predicted from the others."""
-    groups: dict[tuple[str, str], dict[int, Row]] = {}
-    for row in rows:
-        if row["benchmark"] == "step" and "rest" in row:
-            groups.setdefault((row["model"], row["system"]), {})[row["ranks"]] = row
-    found: list[Row] = []
-    for (model, system), at in groups.items():
-        alone = groups.get((model, ALONE), {})
-        worlds = sorted(set(at) & set(alone))
-        for world in worlds if len(worlds) >= 3 else []:
-            known = [n for n in worlds if n != world]
-            guess = predict(at, alone, world, known, at[world]["conditions"]["cores"])
-            errors = {name: value / at[world][name] - 1 for name, value in guess.items()}
-            row = {
-                "benchmark": "scale",
-                "kind": "calibration",
-                "model": model,
-                "system": system,
-                "ranks": world,
-                "known": known,
-            }
-            found.append({**row, "predicted": guess, "measured": {k: at[world][k] for k in guess}, "errors": errors})
-    return found
 
 
 # ---- forecast
@@ -234,7 +139,9 @@ def config_of(values: dict[str, Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="zerolite bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="zerolite bench scale",
+        description=f"{__doc__}\nCalibration: {calibrate.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where the measured runs are")
     parser.add_argument("--hardware", default="H100", help=f"{', '.join(HARDWARE)}, or a JSON file with the same names")
@@ -244,7 +151,7 @@ def main() -> None:
         hardware = HARDWARE[args.hardware]
     else:
         hardware = Hardware(**json.loads(Path(args.hardware).read_text()))
-    rows = calibrate(read(args.results)) + forecast(hardware, args.tokens)
+    rows = calibrate.calibrate(read(args.results)) + forecast(hardware, args.tokens)
     for row in rows:
         if row["kind"] == "calibration":
             off = ", ".join(f"{name} {error:+.0%}" for name, error in row["errors"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import reasons
+from benchmarks.calibrate import TOLERANCE
 from benchmarks.harness import Row
 from benchmarks.targets import best, missed, of_largest, of_steps
 
@@ -211,9 +212,9 @@ def scale(rows: list[Row]) -> str:
             line += [f"{r['measured']['step'] * 1e3:.0f}", f"{r['predicted']['step'] * 1e3:.0f}"]
             line += [f"{r['errors'][name]:+.1%}" for name in ("step", "peak", "rest")]
         head = ["model", "system", "ranks", "measured, ms", "predicted, ms", "step", "peak", "rest"]
-        near = sum(abs(error) <= 0.10 for r in checked for error in r["errors"].values())
+        near = sum(abs(error) <= TOLERANCE for r in checked for error in r["errors"].values())
         text += f"Each world predicted from the others. {conditions(checked[0])}\n{table(head, body)}\n"
-        text += f"{near} of {3 * len(checked)} predictions lie within 10 %.\n\n"
+        text += f"{near} of {3 * len(checked)} predictions lie within {TOLERANCE:.0%}.\n\n"
     ahead = [row for row in rows if row["kind"] == "forecast"]
     if ahead:
         one, body = ahead[0], []

@@ -17,18 +17,24 @@ class Target:
     """One ratio and its bound."""
 
     system: str
-    of: str  # which of its figures, and whose it is divided by
-    figure: float
+    metric: str  # which figure of its row
+    peer: Row  # whose figure it is divided by
     bound: float
+    figure: float
     least: bool = False  # at least the bound; else at most
+
+    @property
+    def of(self) -> str:
+        """The figure and the peer in words."""
+        words = {"first": "first step of", ABOVE: "peak memory above imports of", "numel": "largest model, of"}
+        return f"{words.get(self.metric, f'{self.metric} of')} {self.peer['system']}'s"
 
     @property
     def met(self) -> bool:
         return self.figure >= self.bound if self.least else self.figure <= self.bound
 
     def __str__(self) -> str:
-        word = "at least" if self.least else "at most"
-        return f"{self.system}: {self.of} {self.figure:.3f} ({word} {self.bound:.3f})"
+        return f"{self.of} {self.figure:.3f} ({'at least' if self.least else 'at most'} {self.bound:.3f})"
 
 
 def stage_of(system: str) -> int | None:
@@ -59,8 +65,7 @@ def of_steps(rows: list[Row]) -> list[Target]:
         ]
         for metric, peer, bound in pairs:
             if peer is not None and peer[metric] > 0 and stage > 0:
-                words = {"first": "first step", ABOVE: "peak memory above imports"}.get(metric, metric)
-                found.append(Target(name, f"{words} of {peer['system']}'s", row[metric] / peer[metric], bound))
+                found.append(Target(name, metric, peer, bound, row[metric] / peer[metric]))
     return found
 
 
@@ -73,8 +78,7 @@ def of_largest(rows: list[Row]) -> list[Target]:
         ours = [r for r in rows if r["system"].startswith("zerolite") and ("moments" in r["system"]) == rounded]
         if peers and ours:
             most, peer = max(ours, key=lambda r: r["numel"]), max(peers, key=lambda r: r["numel"])
-            of = f"largest model, of {peer['system']}'s"
-            found.append(Target(most["system"], of, most["numel"] / peer["numel"], bound, least=True))
+            found.append(Target(most["system"], "numel", peer, bound, most["numel"] / peer["numel"], least=True))
     return found
 
 
@@ -85,8 +89,7 @@ def missed(targets: list[Target]) -> str:
     late: dict[str, list[str]] = {}
     for target in targets:
         if not target.met:
-            word = "at least" if target.least else "at most"
-            late.setdefault(target.system, []).append(f"{target.of} {target.figure:.3f} ({word} {target.bound:.3f})")
+            late.setdefault(target.system, []).append(str(target))
     lines = [f"- {system}: {', '.join(figures)}" for system, figures in late.items()]
     if not lines:
         return f"\nAll {len(targets)} targets are met.\n"

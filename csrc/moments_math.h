@@ -51,8 +51,9 @@ ZL_FN float exact_fma(float a, float b, float c) {
 #endif
 }
 
-// Codes round up or down by `dice`, uniform bits, so that the expectation of what is decoded is the value. The
-// first moment takes the high bits of the dice, the second the low ones. `at` is the bit where a code begins.
+// Codes round up or down by the high bits of `dice`, so that the expectation of what is decoded is the value. Both moments
+// take the same bits: what that does to the expectation of their quotient is in docs/moments.md. `at` is the bit where a
+// code begins.
 //
 // Field 0 of a first moment has the spacing of the field above and no leading one. Moved up by half a binade it is a
 // pattern like the others: y / 2 + 2, which exceeds y exactly where y lies in field 0.
@@ -72,7 +73,7 @@ template <int at = 0>
 ZL_FN uint32_t encode_square(float v, float units, uint32_t dice) {
   const uint32_t bits = as_bits(v * units), least = (128u << 23) + kStep;
   const uint32_t y = bits == 0 ? 0u : bits > least ? bits : least;
-  return (y + (dice << 16 >> (32 - kDropped))) >> (kDropped - at) & 0xffu << at;
+  return (y + (dice >> (32 - kDropped))) >> (kDropped - at) & 0xffu << at;
 }
 // The middle of the binary32 pattern, in units, of a second moment's code: 16 bits, so a register holds twice as many.
 ZL_FN uint16_t square_middle(uint16_t code) {
@@ -93,12 +94,12 @@ struct MomentRow {
 constexpr int kMomentRow = kAdamRow + 1;
 
 // Dice of one element and update: a hash of its master, its gradient and the step. No position goes in, so
-// they do not depend on how tensors are cut.
+// they do not depend on how tensors are cut. A product carries upwards only, so the gradient's halves change places (the
+// low one of a bf16 gradient is empty), and whoever takes low bits mixes high ones in.
 ZL_FN uint32_t salt_of(float step) { return as_bits(step) * 0x9e3779b1u; }
 ZL_FN uint32_t dice_of(float p, float g, uint32_t salt) {
-  uint32_t h = (as_bits(p) ^ salt) * 0x85ebca6bu;
-  h = (h ^ (h >> 15) ^ as_bits(g)) * 0xc2b2ae35u;
-  return h ^ (h >> 16);
+  const uint32_t turned = as_bits(g) << 16 | as_bits(g) >> 16;
+  return (as_bits(p) ^ salt ^ turned) * 0x85ebca6bu;
 }
 
 // bf16 of x, rounded up or down by 16 uniform bits so that the expectation is x.
@@ -107,7 +108,7 @@ ZL_FN uint32_t moment_bf16(float m, uint32_t dice) { return dithered(m, dice >> 
 // A second moment above 0 stays above 0, and below infinity.
 ZL_FN uint32_t square_bf16(float v, uint32_t dice) {
   const uint32_t bits = as_bits(v) < kLargest ? as_bits(v) : kLargest;
-  const uint32_t code = dithered(as_float(bits), dice & 0xffffu), least = bits == 0 ? 0u : 1u;
+  const uint32_t code = dithered(as_float(bits), (dice ^ dice >> 16) & 0xffffu), least = bits == 0 ? 0u : 1u;
   return code > least ? code : least;
 }
 

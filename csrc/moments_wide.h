@@ -50,13 +50,24 @@ ZL_FN Ints either(Ints a, Ints b) { return ZL_BITS(or)(a, b); }
 ZL_FN Ints differ(Ints a, Ints b) { return ZL_BITS(xor)(a, b); }
 ZL_FN Ints without(Ints a, Ints b) { return ZL_BITS(andnot)(b, a); }  // a's bits that b has not
 
+// a ^ b ^ c, (a & b) | c, and what `spare` has not of a, xor b.
+#if defined(__AVX512BW__)
+ZL_FN Ints differ(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+ZL_FN Ints both_or(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi64(a, b, c, 0xea); }
+ZL_FN Ints without_differ(Ints a, Ints spare, Ints b) { return _mm512_ternarylogic_epi64(a, spare, b, 0x9a); }
+#else
+ZL_FN Ints differ(Ints a, Ints b, Ints c) { return differ(differ(a, b), c); }
+ZL_FN Ints both_or(Ints a, Ints b, Ints c) { return either(both(a, b), c); }
+ZL_FN Ints without_differ(Ints a, Ints spare, Ints b) { return differ(without(a, spare), b); }
+#endif
+
 #if defined(__AVX512BW__)
 // Packing and unpacking work in quarters: what a quarter takes from two vectors' halves lies side by side before, or after.
 ZL_FN Ints spread(Ints x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
 ZL_FN Ints gathered(Ints x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), x); }
 ZL_FN Ints repeat(__m128i x) { return _mm512_broadcast_i32x4(x); }
 ZL_FN Ints where_bytes(Ints x, Ints value) { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(x, x), value); }
-ZL_FN Ints where_words(Ints x, Ints value) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, x), value); }
+ZL_FN Ints raised(Ints x, Ints least) { return _mm512_maskz_max_epu32(_mm512_test_epi32_mask(x, x), x, least); }
 ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
   return _mm512_mask_mov_epi32(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
 }
@@ -67,7 +78,7 @@ ZL_FN Ints spread(Ints x) { return _mm256_permute4x64_epi64(x, 0xd8); }
 ZL_FN Ints gathered(Ints x) { return spread(x); }
 ZL_FN Ints repeat(__m128i x) { return _mm256_set_m128i(x, x); }
 ZL_FN Ints where_bytes(Ints x, Ints value) { return without(value, _mm256_cmpeq_epi8(x, zeros())); }
-ZL_FN Ints where_words(Ints x, Ints value) { return without(value, _mm256_cmpeq_epi32(x, zeros())); }
+ZL_FN Ints raised(Ints x, Ints least) { return _mm256_sign_epi32(_mm256_max_epu32(x, least), x); }  // no x is negative
 ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
   return _mm256_blendv_epi8(value, nan, as_ints(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }
@@ -83,9 +94,9 @@ ZL_FN Ints widened(Ints low, Ints high, int half) {
 struct Constants {
   // Bytes of the bf16 patterns of codes below 16, xor what the rule for codes of higher fields makes of them.
   Ints low_fix, high_fix;
-  Ints byte_size, byte_past, byte_exponent, byte_base, byte_fraction, byte_nonzero;
+  Ints byte_size, byte_past, byte_exponent, byte_base, byte_sign, byte_fraction, byte_nonzero;
   Ints word_size, word_byte, split;
-  Ints size, first, second, low_word, least;
+  Ints size, factor, least;
   Floats half, two;
 };
 ZL_FN Constants constants() {
@@ -104,6 +115,7 @@ ZL_FN Constants constants() {
                  all_bytes(0x70),
                  all_bytes(0x07),
                  all_bytes(0x40),
+                 all_bytes(0x80),
                  all_bytes(0x0f),
                  all_bytes(0x04),
                  all_words(0x7f),
@@ -111,8 +123,6 @@ ZL_FN Constants constants() {
                  repeat(split),
                  all(0x7fffffffu),
                  all(0x85ebca6bu),
-                 all(0xc2b2ae35u),
-                 all(0xffffu),
                  all((128u << 23) + kStep),
                  ZL_OP(set1_ps)(0.5f),
                  ZL_OP(set1_ps)(2.0f)};
@@ -149,7 +159,7 @@ struct Tensors {
 };
 
 struct Staged {
-  alignas(64) float p[kGroup], m[kGroup], v[kGroup], d[kGroup];
+  alignas(64) float p[kGroup], m[kGroup], size[kGroup], v[kGroup], d[kGroup];  // size: of m
   float in_m, in_v;  // factors to units
   bool past;         // a second moment is above kLargest: it is stored as kLargest, after its root was taken
 };
@@ -157,11 +167,9 @@ struct Staged {
 // bf16 patterns, in units, of kCodes codes. As words they are (0x400 + code) << 4; of 0 and of field 0 they are not.
 ZL_FN void words_of_moments(Ints* to, const uint8_t* codes, const Constants& k) {
   const Ints c = spread(load(codes)), size = both(c, k.byte_size);
-  const Ints low = without(ZL_OP(slli_epi16)(c, 4), k.byte_fraction);
-  const Ints exponent = both(ZL_OP(srli_epi16)(c, 4), k.byte_exponent);
-  const Ints high = either(exponent, either(without(c, k.byte_size), k.byte_base));
+  const Ints high = both_or(ZL_OP(srli_epi16)(c, 4), k.byte_exponent, both_or(c, k.byte_sign, k.byte_base));
   const Ints at = ZL_OP(add_epi8)(size, k.byte_past);  // of codes above 15 the sign bit, and so no fix
-  const Ints l = differ(low, ZL_OP(shuffle_epi8)(k.low_fix, at));
+  const Ints l = without_differ(ZL_OP(slli_epi16)(c, 4), k.byte_fraction, ZL_OP(shuffle_epi8)(k.low_fix, at));
   const Ints h = differ(high, ZL_OP(shuffle_epi8)(k.high_fix, at));
   to[0] = ZL_OP(unpacklo_epi8)(l, h);
   to[1] = ZL_OP(unpackhi_epi8)(l, h);
@@ -188,7 +196,9 @@ ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints mw, Ints vw, con
     ZL_OP(store_ps)(x.p + at + kFloats * i, p);
     ZL_OP(store_ps)(x.m + at + kFloats * i, m);
     ZL_OP(store_ps)(x.v + at + kFloats * i, v);
-    tops[0] = ZL_OP(max_epu32)(tops[0], both(as_ints(m), k.size));
+    const Ints size = both(as_ints(m), k.size);
+    store(x.size + at + kFloats * i, size);
+    tops[0] = ZL_OP(max_epu32)(tops[0], size);
     tops[1] = ZL_OP(max_epu32)(tops[1], as_ints(v));
   }
 }
@@ -219,26 +229,22 @@ ZL_FN Coded write_words(const Staged& x, int at, const Tensors& t, const Units& 
   Ints m[2], code_m[2], code_v[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const Ints g = widened(zeros(), gw, i);
-    Ints h = ZL_OP(mullo_epi32)(differ(load(x.p + at + kFloats * i), r.salt), k.first);  // as dice_of()
-    h = ZL_OP(mullo_epi32)(differ(differ(h, g), ZL_OP(srli_epi32)(h, 15)), k.second);
-    const Ints dice = differ(h, ZL_OP(srli_epi32)(h, 16));
+    const Ints g = widened(gw, zeros(), i);  // its pattern with halves in each other's place
+    const Ints h = ZL_OP(mullo_epi32)(differ(load(x.p + at + kFloats * i), r.salt, g), k.factor);  // as dice_of()
+    const Ints dice = ZL_OP(srli_epi32)(h, 32 - kDropped);
     m[i] = load(x.m + at + kFloats * i);
-    const Floats y = as_floats(both(m[i], k.size)) * to.m;  // as encode_moment()
+    const Floats y = ZL_OP(load_ps)(x.size + at + kFloats * i) * to.m;  // as encode_moment()
     const Ints top = as_ints(ZL_OP(max_ps)(y, ZL_OP(fmadd_ps)(y, k.half, k.two)));
-    code_m[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(top, ZL_OP(srli_epi32)(dice, 32 - kDropped)), kDropped);
-    const Ints z = as_ints(ZL_OP(load_ps)(x.v + at + kFloats * i) * to.v);         // as encode_square()
-    const Ints raised = where_words(z, ZL_OP(max_epu32)(z, k.least));  // 0 stays 0
-    // The last 4 bits meet no dice, so that they carry nothing.
-    code_v[i] =
-        ZL_OP(srli_epi32)(ZL_OP(add_epi32)(ZL_OP(srli_epi32)(raised, 4), both(dice, k.low_word)), 16);
+    code_m[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(top, dice), kDropped);
+    const Ints z = as_ints(ZL_OP(load_ps)(x.v + at + kFloats * i) * to.v);  // as encode_square()
+    code_v[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(raised(z, k.least), dice), kDropped);
   }
   return {both(ZL_OP(packus_epi32)(code_m[0], code_m[1]), k.word_size), ZL_OP(packs_epi32)(m[0], m[1]),
           both(ZL_OP(packus_epi32)(code_v[0], code_v[1]), k.word_byte)};
 }
 ZL_FN void store_codes(const Tensors& t, int at, const Coded& a, const Coded& b, const Constants& k) {
-  const Ints sign = without(ZL_OP(packs_epi16)(a.sign, b.sign), k.byte_size);
-  store(t.m + at, gathered(either(ZL_OP(packus_epi16)(a.m, b.m), sign)));
+  const Ints sign = ZL_OP(packs_epi16)(a.sign, b.sign);
+  store(t.m + at, gathered(both_or(sign, k.byte_sign, ZL_OP(packus_epi16)(a.m, b.m))));
   store(t.v + at, gathered(ZL_OP(packus_epi16)(a.v, b.v)));
 }
 

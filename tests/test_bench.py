@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import compare, construct, harness, largest, reasons, report, scale, step, suite, systems, tables, targets
+from benchmarks import calibrate, compare, construct, harness, largest, reasons, report, scale, step, suite, systems, tables, targets
 from benchmarks.models import KNOWN, MODELS, Shape
 from benchmarks.progress import Progress
 from zerolite import cli
@@ -169,7 +169,7 @@ def test_the_search_tells_the_limit_from_a_failure(monkeypatch):
 def test_targets_name_what_is_missed():
     rows = [row("DDP + AdamW(fused)", 0.2), row("DeepSpeed 2", 0.6), row("DeepSpeed 2 + offload", 0.5, first=4.0)]
     rows += [row("zerolite 2", 0.09, peak=3 << 29), row("zerolite 3", 0.01)]
-    found = {str(target): target.met for target in targets.of_steps(rows)}
+    found = {f"{target.system}: {target}": target.met for target in targets.of_steps(rows)}
     assert found["zerolite 2: overhead of DeepSpeed 2 + offload's 0.180 (at most 0.167)"] is False
     assert found["zerolite 2: overhead of DDP + AdamW(fused)'s 0.450 (at most 0.500)"] is True
     assert found["zerolite 2: peak memory above imports of DeepSpeed 2's 0.500 (at most 0.500)"] is True
@@ -285,8 +285,8 @@ def test_stored_results_become_a_page_and_compare_with_themselves():
 
 
 def test_the_fit_finds_coefficients_and_never_negative_ones():
-    assert scale.fit([[1, 0], [1, 1], [2, 3]], [2.0, 5.0, 13.0]) == pytest.approx([2.0, 3.0])
-    assert scale.fit([[1, 1], [1, 2]], [2.0, 1.0])[1] == 0.0
+    assert calibrate.fit([[1, 0], [1, 1], [2, 3]], [2.0, 5.0, 13.0]) == pytest.approx([2.0, 3.0])
+    assert calibrate.fit([[1, 1], [1, 2]], [2.0, 1.0])[1] == 0.0
 
 
 def test_a_world_is_predicted_from_the_others_where_the_formulas_hold():
@@ -298,14 +298,14 @@ def test_a_world_is_predicted_from_the_others_where_the_formulas_hold():
         rows.append(row(systems.ALONE, 0.0, **memory) | {"step": alone})
         rows.append(row("zerolite 2", over, **memory) | {"step": alone + over})
         rows.append(row("DDP + AdamW(fused)", 0.1 * n, **memory) | {"step": alone + 0.1 * n})
-    found = [{**r, "conditions": CONDITIONS} for r in scale.calibrate(rows)]
+    found = [{**r, "conditions": CONDITIONS} for r in calibrate.calibrate(rows)]
     assert len(found) == 9 and {tuple(r["known"]) for r in found} == {(1, 2), (1, 4), (2, 4)}
     told = [r for r in found if 1 in r["known"]]
     assert len(told) == 6 and max(abs(error) for r in told for error in r["errors"].values()) < 1e-6
     assert "18 of 18 predictions lie within 10 %" in tables.scale(told)
     alone = next(r for r in found if r["known"] == [2, 4] and r["system"] == systems.ALONE)
     assert alone["predicted"]["step"] == pytest.approx(0.15)  # of 0.2: as if the threads of one rank scaled perfectly
-    assert not scale.calibrate([r for r in rows if r["ranks"] != 4])
+    assert not calibrate.calibrate([r for r in rows if r["ranks"] != 4])
 
 
 def test_the_forecast_follows_its_formulas():

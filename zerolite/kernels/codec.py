@@ -6,7 +6,7 @@ A group is GROUP elements of one parameter with a scale for each moment. docs/mo
     second moment    eeeee fff    5 exponent, 3 fraction bits; code 0 is 0
     scales           (groups, 2)  a byte each: the group's highest binade
 
-`dice` are 32 uniform bits an element, in int64. First moments take the high bits, second moments the low ones.
+`dice` are 32 uniform bits an element, in int64. Codes round by the high ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-NEAREST = 0x80008000  # dice with which codes round to nearest, ties up
+NEAREST = 0x80000000  # dice with which codes round to nearest, ties up
 LARGEST = 0x7E800000  # bits of 2^126, where stored second moments end
 DROPPED = 20  # fraction bits of binary32 that codes leave out
 _WORD = 0xFFFFFFFF
@@ -69,7 +69,7 @@ def encode_square(v: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
     """Codes (int64) of float32 values of at least 0."""
     bits = _bits(v * units)
     least = (128 << 23) + (1 << DROPPED)
-    code = (bits.clamp(min=least) + ((dice & 0xFFFF) << 16 >> (32 - DROPPED))) >> DROPPED
+    code = (bits.clamp(min=least) + (dice >> (32 - DROPPED))) >> DROPPED
     return torch.where(bits == 0, 0, code & 255)
 
 
@@ -98,9 +98,8 @@ def decode_groups(m: Tensor, v: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]
 def dice_of(p: Tensor, g: Tensor, step: float) -> Tensor:
     """32 bits an element that look uniform: a hash of master, gradient and step, of no position."""
     salt = int(_bits(torch.tensor([step], dtype=torch.float32))) * 0x9E3779B1 & _WORD
-    h = _times(_bits(p) ^ salt, 0x85EBCA6B)
-    h = _times(h ^ (h >> 15) ^ _bits(g), 0xC2B2AE35)
-    return h ^ (h >> 16)
+    turned = (_bits(g) << 16 | _bits(g) >> 16) & _WORD
+    return _times(_bits(p) ^ salt ^ turned, 0x85EBCA6B)
 
 
 def moment_bf16(m: Tensor, dice: Tensor | int) -> Tensor:
@@ -109,9 +108,9 @@ def moment_bf16(m: Tensor, dice: Tensor | int) -> Tensor:
 
 
 def square_bf16(v: Tensor, dice: Tensor | int) -> Tensor:
-    """bfloat16 of a second moment, rounded by the low half of `dice`; above 0 where v is, below infinity."""
+    """bfloat16 of a second moment, rounded by both halves of `dice`; above 0 where v is, below infinity."""
     bits = _bits(v).clamp(max=LARGEST)
-    code = (bits + (dice & 0xFFFF)) >> 16
+    code = (bits + ((dice ^ dice >> 16) & 0xFFFF)) >> 16
     return _bf16(torch.maximum(code, (bits > 0).long()))
 
 
