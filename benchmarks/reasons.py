@@ -66,7 +66,9 @@ def memory(late: list[Target], known: dict[str, Row]) -> str:
         if target.metric == ABOVE:
             name, bound = target.system, target.peer[ABOVE] * PEAK
             rest = known[name]["bytes_a_parameter"]
-            told.append(f"{name} {rest:.1f} + {step:.1f} = {rest + step:.1f} (peak {known[name][ABOVE]:.1f}, bound {bound:.1f})")
+            told.append(
+                f"{name} {rest:.1f} + {step:.1f} = {rest + step:.1f} (peak {known[name][ABOVE]:.1f}, bound {bound:.1f})"
+            )
     if not told:
         return ""
     return (

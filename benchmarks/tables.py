@@ -213,8 +213,10 @@ def scale(rows: list[Row]) -> str:
             line += [f"{r['errors'][name]:+.1%}" for name in ("step", "peak", "rest")]
         head = ["model", "system", "ranks", "measured, ms", "predicted, ms", "step", "peak", "rest"]
         near = sum(abs(error) <= TOLERANCE for r in checked for error in r["errors"].values())
-        text += f"Each world predicted from the others. {conditions(checked[0])}\n{table(head, body)}\n"
-        text += f"{near} of {3 * len(checked)} predictions lie within {TOLERANCE:.0%}.\n\n"
+        text += (
+            f"Each world predicted from the others (`benchmarks/calibrate.py`). {conditions(checked[0])}\n{table(head, body)}\n"
+        )
+        text += f"{near} of {3 * len(checked)} predictions lie within {100 * TOLERANCE:.0f} %.\n\n"
     ahead = [row for row in rows if row["kind"] == "forecast"]
     if ahead:
         one, body = ahead[0], []

@@ -131,20 +131,15 @@ void average_groups(float* __restrict g, const Sources& s, int64_t at, int64_t n
 }
 
 #if defined(__AVX2__)
-// Blocks are long, because the first and last groups of one have the processor to themselves.
 void reduce_adam_codes(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
-  if (s.count == 1 && s.mean == 1.0f)
-    return adam_span(t, static_cast<const uint16_t*>(s.data[0]) + start, r, start, stop - start);
-  constexpr int64_t kLong = 4 * kBlock;
-  alignas(64) float g[kWords];
-  alignas(64) bf16 words[kLong];
-  for (int64_t at = start; at < stop; at += kLong) {
-    const int64_t n = stop - at < kLong ? stop - at : kLong, whole = n / kWords * kWords;
-    average_words(&words[0].bits, s, at, whole);
-    average<bf16>(g, s, at + whole, n - whole);
-    narrow_all(words + whole, g, n - whole);
-    adam_span(t, &words[0].bits, r, at, n);
-  }
+  const int64_t groups = (stop - start) / kGroup, at = start + groups * kGroup;
+  if (groups > 0) adam_whole(t, s, r, start, groups);
+  if (at == stop) return;
+  float g[kGroup] = {};
+  bf16 words[kGroup];
+  average<bf16>(g, s, at, stop - at);
+  narrow_all(words, g, kGroup);
+  adam_last(t, s, &words[0].bits, r, at, stop - at);
 }
 #endif
 

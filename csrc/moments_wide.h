@@ -97,6 +97,7 @@ struct Constants {
   Ints byte_size, byte_past, byte_exponent, byte_base, byte_sign, byte_fraction, byte_nonzero;
   Ints word_size, word_byte, split;
   Ints size, factor, least;
+  Ints one, below_half, nan, upper;
   Floats half, two;
 };
 ZL_FN Constants constants() {
@@ -124,6 +125,10 @@ ZL_FN Constants constants() {
                  all(0x7fffffffu),
                  all(0x85ebca6bu),
                  all((128u << 23) + kStep),
+                 all(1),
+                 all(0x7fffu),
+                 all(0x7fc00000u),
+                 all(0xffff0000u),
                  ZL_OP(set1_ps)(0.5f),
                  ZL_OP(set1_ps)(2.0f)};
   return c;
@@ -160,6 +165,7 @@ struct Tensors {
 
 struct Staged {
   alignas(64) float p[kGroup], m[kGroup], size[kGroup], v[kGroup], d[kGroup];  // size: of m
+  alignas(64) uint16_t g[kGroup];  // where it is an average
   float in_m, in_v;  // factors to units
   bool past;         // a second moment is above kLargest: it is stored as kLargest, after its root was taken
 };
@@ -182,10 +188,10 @@ ZL_FN void words_of_squares(Ints* to, const uint8_t* codes, const Constants& k) 
 }
 
 // The stages, of kWords elements; `tops` are the largest magnitudes so far, of both moments.
-ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints mw, Ints vw, const Units& from, const WideRow& r,
-                  const Constants& k, Ints* tops) {
+ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints gw, Ints mw, Ints vw, const Units& from, const WideRow& r,
+                      const Constants& k, Ints* tops) {
   const Ints zero = zeros();
-  const Ints lo = load(t.rest + at), gw = load(t.g + at);
+  const Ints lo = load(t.rest + at);
   const Ints hi = ZL_OP(add_epi16)(load(t.param + at), ZL_OP(srai_epi16)(lo, 15));  // as join()
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {  // as adam_averages()
@@ -224,8 +230,7 @@ ZL_FN void step_words(Staged& x, int at, const Tensors& t, const WideRow& r, con
 struct Coded {
   Ints m, sign, v;
 };
-ZL_FN Coded write_words(const Staged& x, int at, const Tensors& t, const Units& to, const WideRow& r, const Constants& k) {
-  const Ints gw = load(t.g + at);
+ZL_FN Coded write_words(const Staged& x, int at, Ints gw, const Units& to, const WideRow& r, const Constants& k) {
   Ints m[2], code_m[2], code_v[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
@@ -270,9 +275,32 @@ ZL_FN void end_at_largest(Staged& x) {
   for (int i = 0; i < kGroup; ++i) x.v[i] = as_float(as_bits(x.v[i]) < kLargest ? as_bits(x.v[i]) : kLargest);
 }
 
-// One turn: `read` says whether group k has this stage in it, and so on.
-template <bool read, bool roots, bool step, bool write>
-ZL_FN void turn(const Tensors& all_groups, int64_t k, Staged* ring, const WideRow& r, const Constants& c) {
+// Patterns of kWords elements of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a
+// float where it lies, but for a shift of the lower one.
+ZL_FN Ints averaged(const Sources& s, int64_t at, const Constants& k) {
+  const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
+  const Floats mean = ZL_OP(set1_ps)(s.mean);
+  const Ints first = load(from[0] + at);
+  Floats sum[2] = {as_floats(ZL_OP(slli_epi32)(first, 16)), as_floats(both(first, k.upper))};
+  for (int i = 1; i < s.count; ++i) {
+    const Ints next = load(from[i] + at);
+    sum[0] = sum[0] + as_floats(ZL_OP(slli_epi32)(next, 16));
+    sum[1] = sum[1] + as_floats(both(next, k.upper));
+  }
+  Ints near[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {  // as nearest_even()
+    const Floats x = sum[j] * mean;
+    const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), k.one);
+    near[j] = nan_or(x, k.nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), k.below_half), odd));
+  }
+  return both_or(near[1], k.upper, ZL_OP(srli_epi32)(near[0], 16));
+}
+
+// One turn: `read` says whether group k has this stage in it, and so on. `average`: the gradient is that of `s`, from `start`.
+template <bool average, bool read, bool roots, bool step, bool write>
+ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int64_t k, Staged* ring, const WideRow& r,
+                const Constants& c) {
   const Tensors first = at_group(all_groups, read ? k : 0), third = at_group(all_groups, step ? k - 2 : 0);
   const Tensors fourth = at_group(all_groups, write ? k - 3 : 0);
   Units from = {}, to = {};
@@ -293,18 +321,26 @@ ZL_FN void turn(const Tensors& all_groups, int64_t k, Staged* ring, const WideRo
     if constexpr (read) words_of_squares(vw, first.v + at, c);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      if constexpr (read) read_words(ring[k & 3], at + kWords * j, first, mw[j], vw[j], from, r, c, tops);
-      if constexpr (roots) root_words(ring[(k - 1) & 3], at + kWords * j, r);
-      if constexpr (write) coded[j] = write_words(last, at + kWords * j, fourth, to, r, c);
-      if constexpr (step) step_words(ring[(k - 2) & 3], at + kWords * j, third, r, c);
+      const int here = at + kWords * j;
+      if constexpr (read) {
+        Staged& x = ring[k & 3];
+        const Ints gw = average ? averaged(s, start + k * kGroup + here, c) : load(first.g + here);
+        if constexpr (average) store(x.g + here, gw);
+        read_words(x, here, first, gw, mw[j], vw[j], from, r, c, tops);
+      }
+      if constexpr (roots) root_words(ring[(k - 1) & 3], here, r);
+      if constexpr (write) coded[j] = write_words(last, here, load((average ? last.g : fourth.g) + here), to, r, c);
+      if constexpr (step) step_words(ring[(k - 2) & 3], here, third, r, c);
     }
     if constexpr (write) store_codes(fourth, at, coded[0], coded[1], c);
   }
   if constexpr (read) set_scales(ring[k & 3], first, tops);
 }
 
-// Whole groups.
-__attribute__((noinline)) void adam_codes(const Tensors& tensors, const MomentRow& row, int64_t groups) {
+// Whole groups, by the gradients in `tensors`, or (`average`) by that of `s` from element `start` on.
+template <bool average>
+__attribute__((noinline)) void adam_codes(const Tensors& tensors, const Sources& s, int64_t start, const MomentRow& row,
+                                          int64_t groups) {
   const Tensors t = tensors;
   const WideRow r(row);
   Constants c = constants();
@@ -317,59 +353,41 @@ __attribute__((noinline)) void adam_codes(const Tensors& tensors, const MomentRo
 
   for (int64_t k = 0; k < groups + 3; ++k) {
     if (k >= 3 && k < groups) {
-      turn<true, true, true, true>(t, k, ring, r, c);
+      turn<average, true, true, true, true>(t, s, start, k, ring, r, c);
       continue;
     }
-    if (k < groups) turn<true, false, false, false>(t, k, ring, r, c);
-    if (k >= 1 && k < groups + 1) turn<false, true, false, false>(t, k, ring, r, c);
-    if (k >= 2 && k < groups + 2) turn<false, false, true, false>(t, k, ring, r, c);
-    if (k >= 3) turn<false, false, false, true>(t, k, ring, r, c);
+    if (k < groups) turn<average, true, false, false, false>(t, s, start, k, ring, r, c);
+    if (k >= 1 && k < groups + 1) turn<average, false, true, false, false>(t, s, start, k, ring, r, c);
+    if (k >= 2 && k < groups + 2) turn<average, false, false, true, false>(t, s, start, k, ring, r, c);
+    if (k >= 3) turn<average, false, false, false, true>(t, s, start, k, ring, r, c);
   }
 }
 
-// Patterns of [at, at + n) of the averaged gradient, as average() and narrow() make them; n is a multiple of kWords. Of a
-// pair of words each is a float where it lies, but for a shift of the lower one.
-ZL_FN void average_words(uint16_t* to, const Sources& s, int64_t at, int64_t n) {
-  const Ints one = all(1), below_half = all(0x7fffu), nan = all(0x7fc00000u), upper = all(0xffff0000u);
-  const Floats mean = ZL_OP(set1_ps)(s.mean);
-  const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
-  for (int64_t i = at; i < at + n; i += kWords) {
-    const Ints first = load(from[0] + i);
-    Floats sum[2] = {as_floats(ZL_OP(slli_epi32)(first, 16)), as_floats(both(first, upper))};
-    for (int k = 1; k < s.count; ++k) {
-      const Ints next = load(from[k] + i);
-      sum[0] = sum[0] + as_floats(ZL_OP(slli_epi32)(next, 16));
-      sum[1] = sum[1] + as_floats(both(next, upper));
-    }
-    Ints near[2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {  // as nearest_even()
-      const Floats x = sum[j] * mean;
-      const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), one);
-      near[j] = nan_or(x, nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), below_half), odd));
-    }
-    store(to + i - at, either(ZL_OP(srli_epi32)(near[0], 16), both(near[1], upper)));
-  }
+ZL_FN Tensors tensors_at(const MomentTensors& x, int64_t at) {
+  return {static_cast<uint16_t*>(x.param) + at, static_cast<int16_t*>(x.rest) + at, static_cast<uint8_t*>(x.m) + at,
+          static_cast<uint8_t*>(x.v) + at,      x.scales + at / kGroup * 2,         nullptr};
 }
 
-// Elements [at, at + n) by their gradients; a parameter's last group may be short.
-ZL_FN void adam_span(const MomentTensors& x, const uint16_t* g, const MomentRow& row, int64_t at, int64_t n) {
-  const Tensors t = {static_cast<uint16_t*>(x.param) + at, static_cast<int16_t*>(x.rest) + at,
-                     static_cast<uint8_t*>(x.m) + at,      static_cast<uint8_t*>(x.v) + at,
-                     x.scales + at / kGroup * 2,           g};
-  const int64_t groups = n / kGroup, left = n % kGroup;
-  if (groups > 0) adam_codes(t, row, groups);
-  if (left == 0) return;
-  uint16_t param[kGroup] = {}, grad[kGroup] = {};
+// Groups from element `at` on, by the average of their sources.
+ZL_FN void adam_whole(const MomentTensors& x, const Sources& s, const MomentRow& row, int64_t at, int64_t groups) {
+  Tensors t = tensors_at(x, at);
+  t.g = static_cast<const uint16_t*>(s.data[0]) + at;
+  if (s.count == 1 && s.mean == 1.0f) return adam_codes<false>(t, s, at, row, groups);
+  adam_codes<true>(t, s, at, row, groups);
+}
+
+// A parameter's last group of `left` elements, by a gradient that is padded.
+ZL_FN void adam_last(const MomentTensors& x, const Sources& s, const uint16_t* g, const MomentRow& row, int64_t at,
+                     int64_t left) {
+  uint16_t param[kGroup] = {};
   int16_t rest[kGroup] = {};
   uint8_t m[kGroup] = {}, v[kGroup] = {};
-  const Tensors end = at_group(t, groups);
+  const Tensors end = tensors_at(x, at);
   copy(param, end.param, left);
   copy(rest, end.rest, left);
   copy(m, end.m, left);
   copy(v, end.v, left);
-  copy(grad, end.g, left);
-  adam_codes({param, rest, m, v, end.scales, grad}, row, 1);
+  adam_codes<false>({param, rest, m, v, end.scales, g}, s, 0, row, 1);
   copy(end.param, param, left);
   copy(end.rest, rest, left);
   copy(end.m, m, left);

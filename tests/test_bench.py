@@ -14,7 +14,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import calibrate, compare, construct, harness, largest, reasons, report, scale, step, suite, systems, tables, targets
+from benchmarks import (
+    calibrate,
+    compare,
+    construct,
+    harness,
+    largest,
+    reasons,
+    report,
+    scale,
+    step,
+    suite,
+    systems,
+    tables,
+    targets,
+)
 from benchmarks.models import KNOWN, MODELS, Shape
 from benchmarks.progress import Progress
 from zerolite import cli
@@ -289,23 +303,51 @@ def test_the_fit_finds_coefficients_and_never_negative_ones():
     assert calibrate.fit([[1, 1], [1, 2]], [2.0, 1.0])[1] == 0.0
 
 
+def grown(n, model="gpt2-5M", crowd=1.0):
+    """Rows of one world that follow the formulas."""
+    alone, memory = (0.2 * n / 2 + 0.1 * max(1, n / 2)) * crowd, {"peak": 100 * n + 40, "rest": 80 * n + 30, "ranks": n}
+    overs = {systems.ALONE: 0.0, "zerolite 2": 0.05 * (24 + 2 * n) / 26, "DDP + AdamW(fused)": 0.1 * n}
+    overs["FSDP2"] = 0.05 + 0.01 * (n - 1)
+    each = [row(name, over * crowd, model=model, **memory) for name, over in overs.items()]
+    return [{**r, "step": alone + r["overhead"]} for r in each]
+
+
 def test_a_world_is_predicted_from_the_others_where_the_formulas_hold():
-    rows = []
-    for n in (1, 2, 4):
-        alone = 0.2 * n / 2 + 0.1 * max(1, n / 2)
-        over = 0.05 + 0.01 * (n - 1)
-        memory = {"peak": 100 * n + 40, "rest": 80 * n + 30, "ranks": n}
-        rows.append(row(systems.ALONE, 0.0, **memory) | {"step": alone})
-        rows.append(row("zerolite 2", over, **memory) | {"step": alone + over})
-        rows.append(row("DDP + AdamW(fused)", 0.1 * n, **memory) | {"step": alone + 0.1 * n})
+    rows = [r for n in (1, 2, 4) for r in grown(n)]
     found = [{**r, "conditions": CONDITIONS} for r in calibrate.calibrate(rows)]
-    assert len(found) == 9 and {tuple(r["known"]) for r in found} == {(1, 2), (1, 4), (2, 4)}
+    assert len(found) == 12 and {tuple(r["known"]) for r in found} == {(1, 2), (1, 4), (2, 4)}
     told = [r for r in found if 1 in r["known"]]
-    assert len(told) == 6 and max(abs(error) for r in told for error in r["errors"].values()) < 1e-6
-    assert "18 of 18 predictions lie within 10 %" in tables.scale(told)
+    assert len(told) == 8 and max(abs(error) for r in told for error in r["errors"].values()) < 1e-6
+    assert "24 of 24 predictions lie within 10 %" in tables.scale(told)
     alone = next(r for r in found if r["known"] == [2, 4] and r["system"] == systems.ALONE)
     assert alone["predicted"]["step"] == pytest.approx(0.15)  # of 0.2: as if the threads of one rank scaled perfectly
     assert not calibrate.calibrate([r for r in rows if r["ranks"] != 4])
+
+
+def test_what_ranks_beyond_the_cores_lose_is_learnt_from_the_other_models():
+    crowds = {"a": 1.2, "b": 1.2, "c": 1.5}
+    rows = [r for model, crowd in crowds.items() for n in (1, 2, 4) for r in grown(n, model, crowd if n > 2 else 1.0)]
+    found = {(r["model"], r["system"], r["ranks"]): r for r in calibrate.calibrate(rows)}
+    assert found["c", systems.ALONE, 4]["crowd"] == pytest.approx(1.2)  # not its own
+    assert found["a", "FSDP2", 4]["crowd"] == pytest.approx(1.35)
+    assert found["c", "zerolite 2", 2]["crowd"] == found["c", "FSDP2", 1]["crowd"] == pytest.approx(1.2)
+    for r in found.values():
+        if r["ranks"] == 4:
+            assert r["errors"]["step"] == pytest.approx(r["crowd"] / crowds[r["model"]] - 1)
+
+
+def test_memory_is_predicted_by_the_plan():
+    shape = {"kind": "small", "layers": 1, "width": 6400, "heads": 1, "words": 256}
+    for moments in ("fp32", "int8"):
+        one = row("zerolite 2", shape=shape, settings={"stage": 2, "chosen": "stage 2", "moments": moments})
+        plans = {n: calibrate.question(json.dumps(shape), n).plan(2, None, moments) for n in (1, 2, 4)}
+        assert calibrate.planned(one, 2, "peak") == plans[2].used("device", host=True) + plans[2].used("host", host=True)
+        rest = {n: sum(t.host for t in plans[n].terms if t.when == "always") for n in plans}
+        assert calibrate.planned(one, 2, "rest") == rest[2]  # gradients lie in shared memory
+        gradients = next(t.host for t in plans[1].terms if t.name == "gradients")
+        assert calibrate.planned(one, 1, "rest") == rest[1] - gradients > 0
+        at = {n: {**one, "ranks": n, "base": 1000 * n, "rest": calibrate.planned(one, n, "rest") + 1007 * n} for n in (1, 2, 4)}
+        assert calibrate.memory(at, 4, [1, 2], "rest") == pytest.approx(at[4]["rest"])
 
 
 def test_the_forecast_follows_its_formulas():

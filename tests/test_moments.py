@@ -85,6 +85,20 @@ def test_rounding_has_no_bias(top):
             assert abs(error) <= 5 * step * top / 2 / small.sum().sqrt()
 
 
+def test_the_quotient_keeps_its_expectation_though_both_moments_take_the_same_dice():
+    """m / sqrt(v) over N dice: 0.5 % at each pair of values, 0.1 % on average over them."""
+    n, g = 4096, torch.Generator().manual_seed(0)
+    top = torch.tensor(0x3F800000)  # a group whose largest element is 1
+    units = [(kind.to_units(kind.scale(top)), kind.from_units(kind.scale(top))) for kind in (codec.MOMENT, codec.SQUARE)]
+    away = []
+    for m, v in (torch.rand(200, 2, generator=g) * 0.9 + 0.05).tolist():
+        dice = random_dice(n, seed=len(away))
+        m2 = codec.decode_moment(codec.encode_moment(torch.full((n,), m), units[0][0], dice), units[0][1])
+        v2 = codec.decode_square(codec.encode_square(torch.full((n,), v), units[1][0], dice), units[1][1])
+        away.append(float((m2 / v2.sqrt()).double().mean()) * v**0.5 / m - 1)
+    assert max(map(abs, away)) < 5e-3 and abs(sum(away) / len(away)) < 1e-3
+
+
 def test_dice_look_uniform_and_unrelated():
     """100 bins of N draws: chi-square of 99 degrees of freedom, mean 99, standard deviation 14."""
     n = 1 << 17
@@ -99,7 +113,10 @@ def test_dice_look_uniform_and_unrelated():
                 counts = torch.histc(draw.double(), 100, 0, 65536)
                 assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 99 + 6 * 14
     steps_of_one = torch.stack([codec.dice_of(torch.ones(1), torch.zeros(1), float(s)) for s in range(4096)])[:, 0]
-    for draw in (steps_of_one >> 16, (steps_of_one ^ steps_of_one >> 16) & 0xFFFF):  # an element that does not change still gets fair dice
+    for draw in (
+        steps_of_one >> 16,
+        (steps_of_one ^ steps_of_one >> 16) & 0xFFFF,
+    ):  # an element that does not change still gets fair dice
         assert abs(float(draw.double().mean()) / 65536 - 0.5) < 5 * 0.289 / 64
 
 
