@@ -97,7 +97,6 @@ struct Constants {
   Ints byte_size, byte_past, byte_exponent, byte_base, byte_sign, byte_fraction, byte_nonzero;
   Ints word_size, word_byte, split;
   Ints size, factor, least;
-  Ints one, below_half, nan, upper;
   Floats half, two;
 };
 ZL_FN Constants constants() {
@@ -125,10 +124,6 @@ ZL_FN Constants constants() {
                  all(0x7fffffffu),
                  all(0x85ebca6bu),
                  all((128u << 23) + kStep),
-                 all(1),
-                 all(0x7fffu),
-                 all(0x7fc00000u),
-                 all(0xffff0000u),
                  ZL_OP(set1_ps)(0.5f),
                  ZL_OP(set1_ps)(2.0f)};
   return c;
@@ -275,26 +270,30 @@ ZL_FN void end_at_largest(Staged& x) {
   for (int i = 0; i < kGroup; ++i) x.v[i] = as_float(as_bits(x.v[i]) < kLargest ? as_bits(x.v[i]) : kLargest);
 }
 
-// Patterns of kWords elements of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a
-// float where it lies, but for a shift of the lower one.
-ZL_FN Ints averaged(const Sources& s, int64_t at, const Constants& k) {
+// Patterns of a group of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a float where
+// it lies, but for a shift of the lower one. A loop of its own: inside the stages' it leaves too few registers.
+ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
+  const Ints one = all(1), below_half = all(0x7fffu), nan = all(0x7fc00000u), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
-  const Ints first = load(from[0] + at);
-  Floats sum[2] = {as_floats(ZL_OP(slli_epi32)(first, 16)), as_floats(both(first, k.upper))};
-  for (int i = 1; i < s.count; ++i) {
-    const Ints next = load(from[i] + at);
-    sum[0] = sum[0] + as_floats(ZL_OP(slli_epi32)(next, 16));
-    sum[1] = sum[1] + as_floats(both(next, k.upper));
-  }
-  Ints near[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < kGroup; i += kWords) {
+    const Ints first = load(from[0] + at + i);
+    Floats sum[2] = {as_floats(ZL_OP(slli_epi32)(first, 16)), as_floats(both(first, upper))};
+    for (int k = 1; k < s.count; ++k) {
+      const Ints next = load(from[k] + at + i);
+      sum[0] = sum[0] + as_floats(ZL_OP(slli_epi32)(next, 16));
+      sum[1] = sum[1] + as_floats(both(next, upper));
+    }
+    Ints near[2];
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {  // as nearest_even()
-    const Floats x = sum[j] * mean;
-    const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), k.one);
-    near[j] = nan_or(x, k.nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), k.below_half), odd));
+    for (int j = 0; j < 2; ++j) {  // as nearest_even()
+      const Floats x = sum[j] * mean;
+      const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), one);
+      near[j] = nan_or(x, nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), below_half), odd));
+    }
+    store(to + i, both_or(near[1], upper, ZL_OP(srli_epi32)(near[0], 16)));
   }
-  return both_or(near[1], k.upper, ZL_OP(srli_epi32)(near[0], 16));
 }
 
 // One turn: `read` says whether group k has this stage in it, and so on. `average`: the gradient is that of `s`, from `start`.
@@ -312,6 +311,7 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
     if (last.past) end_at_largest(last);
     to = {ZL_OP(set1_ps)(last.in_m), ZL_OP(set1_ps)(last.in_v)};
   }
+  if constexpr (read && average) average_group(ring[k & 3].g, s, start + k * kGroup);
   Ints tops[2] = {zeros(), zeros()};
 #pragma GCC unroll 1
   for (int at = 0; at < kGroup; at += kCodes) {
@@ -323,10 +323,8 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
     for (int j = 0; j < 2; ++j) {
       const int here = at + kWords * j;
       if constexpr (read) {
-        Staged& x = ring[k & 3];
-        const Ints gw = average ? averaged(s, start + k * kGroup + here, c) : load(first.g + here);
-        if constexpr (average) store(x.g + here, gw);
-        read_words(x, here, first, gw, mw[j], vw[j], from, r, c, tops);
+        const Ints gw = load((average ? ring[k & 3].g : first.g) + here);
+        read_words(ring[k & 3], here, first, gw, mw[j], vw[j], from, r, c, tops);
       }
       if constexpr (roots) root_words(ring[(k - 1) & 3], here, r);
       if constexpr (write) coded[j] = write_words(last, here, load((average ? last.g : fourth.g) + here), to, r, c);
