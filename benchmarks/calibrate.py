@@ -132,7 +132,7 @@ def planned(row: Row, world: int, name: str) -> float:
 
     After a step without another backward, gradients rest in shared memory only: elsewhere zero_grad() gave them back.
     """
-    options = {"stage": 1, "offload": None, "moments": "fp32"} | row["settings"]
+    options = {"offload": None, "moments": "fp32"} | row["settings"]
     stage = options["stage"] if options["stage"] != "auto" else int(options["chosen"].split()[1].rstrip(","))
     plan = question(json.dumps(row["shape"]), world).plan(stage, options["offload"], options["moments"])
     if name == "peak":

@@ -8,11 +8,12 @@ from benchmarks.targets import ABOVE, DEEPSPEED, PEAK, Target, best, of_steps
 
 def of_block(rows: list[Row], passes: list[Row], update: list[Row]) -> str:
     """A line for each kind of target that is missed in one model at one world size; empty where none is."""
-    late = [target for target in of_steps(rows) if not target.met]
+    targets = of_steps(rows)
+    late = [target for target in targets if not target.met]
     known = {row["system"]: row for row in rows if row["benchmark"] == "step"}
     if not late or "model alone" not in known:
         return ""
-    lines = [overhead(late, known, passes, update), memory(late, known), first(late, known)]
+    lines = [overhead(targets, known, passes, update), memory(late, known), first(late, known)]
     found = [f"- {line}" for line in lines if line]
     return "\nReasons, as far as found:\n\n" + "\n".join(found) + "\n" if found else ""
 
@@ -22,9 +23,9 @@ def names_of(late: list[Target], metric: str) -> list[str]:
     return list(dict.fromkeys(target.system for target in late if target.metric == metric))
 
 
-def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], update: list[Row]) -> str:
+def overhead(targets: list[Target], known: dict[str, Row], passes: list[Row], update: list[Row]) -> str:
     """At several ranks the passes over gradients and states at their measured rates; at one rank the bytes of states."""
-    names = names_of(late, "overhead")
+    names = names_of([target for target in targets if not target.met], "overhead")
     if not names:
         return ""
     one = known[names[0]]
@@ -47,8 +48,7 @@ def overhead(late: list[Target], known: dict[str, Row], passes: list[Row], updat
     # Each rank packs all of its gradients, and averages come from `ranks` sources instead of 2 (by bytes).
     times = [rates["pack"] * ranks, rates["average of 2"] * (ranks + 1) / 3, rates["square sum"], rates["zerolite"]]
     each = [time * size for time in times]
-    targets = [t for t in of_steps(list(known.values())) if t.bound == DEEPSPEED and t.system in names]
-    peers = {target.peer["system"]: target.peer["overhead"] for target in targets}
+    peers = {t.peer["system"]: t.peer["overhead"] for t in targets if t.bound == DEEPSPEED and t.system in names}
     bounds = [f"{name}'s sixth is {value * DEEPSPEED * 1e3:.0f}" for name, value in peers.items()]
     return (
         f"overhead: at the rates of the tables above packing {each[0]:.0f} ms, averaging {each[1]:.0f}, the exact norm "

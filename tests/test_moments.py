@@ -113,10 +113,8 @@ def test_dice_look_uniform_and_unrelated():
                 counts = torch.histc(draw.double(), 100, 0, 65536)
                 assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 99 + 6 * 14
     steps_of_one = torch.stack([codec.dice_of(torch.ones(1), torch.zeros(1), float(s)) for s in range(4096)])[:, 0]
-    for draw in (
-        steps_of_one >> 16,
-        (steps_of_one ^ steps_of_one >> 16) & 0xFFFF,
-    ):  # an element that does not change still gets fair dice
+    # an element that does not change still gets fair dice
+    for draw in (steps_of_one >> 16, (steps_of_one ^ steps_of_one >> 16) & 0xFFFF):
         assert abs(float(draw.double().mean()) / 65536 - 0.5) < 5 * 0.289 / 64
 
 
