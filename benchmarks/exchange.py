@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,10 @@ def worker(args: argparse.Namespace) -> None:
         "gloo all_gather, bf16": (nothing, lambda: gather(whole, shards[torch.bfloat16])),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    shuffled = random.Random(0)  # the same order on all ranks
     for number in range(args.rounds + 2):
-        for name, (before, call) in sides.items():
+        for name in shuffled.sample(list(sides), len(sides)):
+            before, call = sides[name]
             grads[torch.bfloat16].normal_(0, 1e-3)
             before()
             dist.barrier()

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
@@ -36,12 +37,14 @@ def quantiles(values: list[float], scale: float = 1.0) -> list[float]:
 
 
 def interleave(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side, A B C A B C ..., so that a drift of the machine meets all alike."""
+    """Seconds of each side, all sides a round, so that a drift of the machine meets all alike; each round in another order, so
+    that none always follows the same other one. The orders are the same in every process."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    shuffled = random.Random(0)
     for number in range(rounds + warmup):
-        for name, call in sides.items():
+        for name in shuffled.sample(list(sides), len(sides)):
             start = time.perf_counter()
-            call()
+            sides[name]()
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds

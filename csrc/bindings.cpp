@@ -87,12 +87,18 @@ void split_range(int64_t numel, const std::function<void(int64_t, int64_t)>& bod
   });
 }
 
+// Bytes from which on what is packed or averaged goes past the caches: its reader has other caches (another rank's core, a
+// device) or comes when these hold something else, and a plain store would first fetch what is overwritten.
+constexpr int64_t kUncached = 1 << 20;
+bool goes_past(const Tensor& out) { return out.numel() * out.element_size() >= kUncached; }
+
 void reduce_(Tensor out, std::vector<Tensor> sources, double mean, bool accumulate) {
   const int64_t numel = out.numel();
   const Dtype dtype = check_reduce(out, accumulate);
   const SourceList list(sources, numel, mean);
   void* to = out.mutable_data_ptr();
-  split_range(numel, [&](int64_t a, int64_t b) { kernels().reduce(to, dtype, accumulate, list.view, a, b); });
+  const bool past = goes_past(out) && !accumulate;
+  split_range(numel, [&](int64_t a, int64_t b) { kernels().reduce(to, dtype, accumulate, past, list.view, a, b); });
 }
 
 // sums[row] += part; threads may come in any order, since these are integers.
@@ -128,6 +134,7 @@ void reduce_squares_(Tensor out, Tensor sums, std::vector<Tensor> sources, Tenso
   const Spans work(spans, numel, sums.size(0));
   check_order(work.data, work.count);
   void* to = out.mutable_data_ptr();
+  const bool past = goes_past(out);
   std::mutex mutex;
   split_range(numel, [&](int64_t from, int64_t stop) {
     const int64_t(*rows)[3] = reinterpret_cast<const int64_t(*)[3]>(work.data);
@@ -136,10 +143,10 @@ void reduce_squares_(Tensor out, Tensor sums, std::vector<Tensor> sources, Tenso
       const bool inside = next != rows + work.count && (*next)[0] <= at;
       const int64_t until = next == rows + work.count ? stop : std::min(stop, (*next)[inside ? 1 : 0]);
       if (!inside) {
-        kernels().reduce(to, dtype, false, list.view, at, until);
+        kernels().reduce(to, dtype, false, past, list.view, at, until);
       } else {
         int64_t part[kLimbs] = {};
-        kernels().reduce_squares(to, dtype, part, list.view, at, until);
+        kernels().reduce_squares(to, dtype, past, part, list.view, at, until);
         add_limbs(sums, (*next)[2], part, mutex);
         ++next;
       }
@@ -158,14 +165,10 @@ void exceeds_(Tensor flag, Tensor src, double limit) {
   if (any) *static_cast<int64_t*>(flag.mutable_data_ptr()) = 1;
 }
 
-// Bytes of what is packed by plain stores. More goes past the caches: its reader has other caches (another rank's core, a
-// device) or comes when these hold something else, and a plain store would first fetch what that reader left in its own.
-constexpr int64_t kCached = 1 << 20;
-
 void pack_all(Tensor& out, const std::vector<Part>& parts, Tensor& flag, double limit) {
   const Dtype dtype = check_exceeds(flag, out);
   const int64_t width = out.element_size();
-  const bool past = out.numel() * width > kCached;
+  const bool past = goes_past(out);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   std::atomic<bool> any = false;
   split_range(out.numel(), [&](int64_t from, int64_t stop) {

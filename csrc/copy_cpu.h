@@ -34,6 +34,21 @@ ZL_FN void fence_past() {
 #endif
 }
 
+// Copies what a block holds. past: whole lines go past the caches, where `to` begins with one; `fence_past` ends it.
+ZL_FN void put(void* to_, const void* from_, int64_t bytes, bool past) {
+  char* to = static_cast<char*>(to_);
+  const char* from = static_cast<const char*>(from_);
+  int64_t i = 0;
+  if (past && reinterpret_cast<uintptr_t>(to) % kLine == 0) {
+    for (; i + kLine <= bytes; i += kLine) {
+      Line x;
+      memcpy(&x, from + i, kLine);
+      store_past(to + i, x);
+    }
+  }
+  memcpy(to + i, from + i, bytes - i);
+}
+
 // The magnitude of the least binary16 that is not below `limit`.
 ZL_FN int32_t size_of_half(float limit) {
   const half nearest = static_cast<half>(limit);

@@ -54,14 +54,15 @@ struct Kernels {
   void (*reduce_adam)(const AdamTensors&, const Sources&, const AdamRow&, int64_t start, int64_t stop);
   // `start` is a multiple of kGroup.
   void (*reduce_adam_moments)(const MomentTensors&, const Sources&, const MomentRow&, int64_t start, int64_t stop);
-  void (*reduce)(void* out, Dtype out_dtype, bool accumulate, const Sources&, int64_t start, int64_t stop);
+  // `past`: by stores that leave the caches as they are.
+  void (*reduce)(void* out, Dtype out_dtype, bool accumulate, bool past, const Sources&, int64_t start, int64_t stop);
   // limbs[kLimbs] += exact sum of squares of the average of elements [start, stop).
   void (*square_sum)(int64_t* limbs, const Sources&, int64_t start, int64_t stop);
   // reduce without accumulation, and square_sum of what it writes, in one pass.
-  void (*reduce_squares)(void* out, Dtype out_dtype, int64_t* limbs, const Sources&, int64_t start, int64_t stop);
+  void (*reduce_squares)(void* out, Dtype out_dtype, bool past, int64_t* limbs, const Sources&, int64_t start, int64_t stop);
   // True where an element in [start, stop) is NaN or its magnitude is `limit` or more.
   bool (*exceeds)(const void* src, Dtype dtype, float limit, int64_t start, int64_t stop);
-  // Copies n elements and answers as `exceeds`; `past`: by stores that leave the caches as they are.
+  // Copies n elements and answers as `exceeds`; `past` as above.
   bool (*copy)(void* to, const void* from, Dtype dtype, float limit, int64_t n, bool past);
 };
 

@@ -15,7 +15,8 @@
 namespace zerolite {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // gradients of one block stay in L1 between the sum and the update
+constexpr int64_t kBlock = 1024;  // gradients of one block stay in L1 between the sum and what becomes of it
+constexpr int64_t kTurns = 256;   // of an update, whose streams then come to memory in an even mix
 
 ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 
@@ -43,12 +44,17 @@ ZL_FN void average(float* __restrict g, const Sources& s, int64_t at, int64_t n)
     for (int64_t i = 0; i < n; ++i) g[i] = round_to<G>(widen(first[i]) * s.mean);
     return;
   }
-  for (int64_t i = 0; i < n; ++i) g[i] = widen(first[i]);
-  for (int k = 1; k < s.count - 1; ++k) {
+  const G* __restrict last = static_cast<const G*>(s.data[s.count - 1]) + at;
+  if (s.count == 2) {
+    for (int64_t i = 0; i < n; ++i) g[i] = round_to<G>((widen(first[i]) + widen(last[i])) * s.mean);
+    return;
+  }
+  const G* __restrict second = static_cast<const G*>(s.data[1]) + at;
+  for (int64_t i = 0; i < n; ++i) g[i] = widen(first[i]) + widen(second[i]);
+  for (int k = 2; k < s.count - 1; ++k) {
     const G* __restrict next = static_cast<const G*>(s.data[k]) + at;
     for (int64_t i = 0; i < n; ++i) g[i] = g[i] + widen(next[i]);
   }
-  const G* __restrict last = static_cast<const G*>(s.data[s.count - 1]) + at;
   for (int64_t i = 0; i < n; ++i) g[i] = round_to<G>((g[i] + widen(last[i])) * s.mean);
 }
 
@@ -102,9 +108,9 @@ void adam_half(const AdamTensors& t, const float* __restrict g, const AdamRow& r
 }
 
 void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start, int64_t stop) {
-  alignas(64) float g[kBlock];
-  for (int64_t at = start; at < stop; at += kBlock) {
-    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+  alignas(64) float g[kTurns];
+  for (int64_t at = start; at < stop; at += kTurns) {
+    const int64_t n = stop - at < kTurns ? stop - at : kTurns;
     average_any(g, s, at, n);
     switch (t.dtype) {
       case Dtype::kFloat: adam_float(t, g, r, at, n); break;
@@ -160,61 +166,89 @@ void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentR
   }
 }
 
-template <class T>
-ZL_FN void store(void* out, const float* __restrict g, int64_t at, int64_t n) {
-  narrow_all(static_cast<T*>(out) + at, g, n);
-}
+// What becomes of averages: elements of a tensor of any dtype.
+struct Out {
+  void* data;
+  Dtype dtype;
+  bool past;     // by stores that leave the caches as they are
+  bool rounded;  // the averages are bf16 values already
 
-void store_any(void* out, Dtype dtype, const float* g, int64_t at, int64_t n) {
-  switch (dtype) {
-    case Dtype::kFloat: return store<float>(out, g, at, n);
-    case Dtype::kBFloat16: return store<bf16>(out, g, at, n);
-    case Dtype::kHalf: return store<half>(out, g, at, n);
+  template <class T>
+  ZL_METHOD void store(const float* __restrict g, int64_t at, int64_t n) const {
+    T* to = static_cast<T*>(data) + at;
+    if (!past) return narrow_all(to, g, n);
+    alignas(64) T values[kBlock];
+    narrow_all(values, g, n);
+    put(to, values, n * sizeof(T), true);
   }
+  ZL_METHOD void store_rounded(const float* __restrict g, int64_t at, int64_t n) const {
+    alignas(64) uint16_t values[kBlock];
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<uint16_t>(as_bits(g[i]) >> 16);
+    put(static_cast<uint16_t*>(data) + at, values, n * 2, past);
+  }
+  void store_any(const float* g, int64_t at, int64_t n) const {
+    switch (dtype) {
+      case Dtype::kFloat: return past ? put(static_cast<float*>(data) + at, g, n * 4, true) : store<float>(g, at, n);
+      case Dtype::kBFloat16: return rounded ? store_rounded(g, at, n) : store<bf16>(g, at, n);
+      case Dtype::kHalf: return store<half>(g, at, n);
+    }
+  }
+};
+
+Out out_of(void* data, Dtype dtype, bool past, const Sources& s) {
+  const bool rounded = s.dtype == Dtype::kBFloat16 && dtype == s.dtype && (s.count > 1 || s.mean != 1.0f);
+  return {data, dtype, past, rounded};
 }
 
-void reduce(void* out, Dtype out_dtype, bool accumulate, const Sources& s, int64_t start, int64_t stop) {
+void reduce(void* to, Dtype dtype, bool accumulate, bool past, const Sources& s, int64_t start, int64_t stop) {
   alignas(64) float g[kBlock];
+  const Out out = out_of(to, dtype, past, s);
   for (int64_t at = start; at < stop; at += kBlock) {
     const int64_t n = stop - at < kBlock ? stop - at : kBlock;
     average_any(g, s, at, n);
     if (accumulate) {  // fp32 only, checked in the binding
-      float* __restrict to = static_cast<float*>(out) + at;
-      for (int64_t i = 0; i < n; ++i) to[i] = to[i] + g[i];
+      float* __restrict sum = static_cast<float*>(to) + at;
+      for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] + g[i];
       continue;
     }
-    store_any(out, out_dtype, g, at, n);
+    out.store_any(g, at, n);
   }
+  if (past) fence_past();
 }
 
-ZL_FN void square_any(int64_t* limbs, Dtype dtype, float* g, int64_t n) {
+// out: null where only the squares are wanted.
+template <class T>
+ZL_FN void squares(const Out* out, int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
   static_assert(kSquares == kBlock);
-  const int64_t whole = (n + kTurn - 1) / kTurn * kTurn;
-  for (int64_t i = n; i < whole; ++i) g[i] = 0;
-  switch (dtype) {
-    case Dtype::kFloat: return square_block<float>(limbs, g, whole);
-    case Dtype::kBFloat16: return square_block<bf16>(limbs, g, whole);
-    case Dtype::kHalf: return square_block<half>(limbs, g, whole);
+  alignas(64) float g[kBlock];
+  Squares<T> total{limbs};
+  for (int64_t at = start; at < stop; at += kBlock) {
+    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
+    average_any(g, s, at, n);
+    if (out != nullptr) out->store_any(g, at, n);
+    const int64_t whole = (n + kTurn - 1) / kTurn * kTurn;
+    for (int64_t i = n; i < whole; ++i) g[i] = 0;
+    total.add(g, whole);
+  }
+  total.move(0);
+  if (out != nullptr && out->past) fence_past();
+}
+
+void squares_any(const Out* out, int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
+  switch (s.dtype) {
+    case Dtype::kFloat: return squares<float>(out, limbs, s, start, stop);
+    case Dtype::kBFloat16: return squares<bf16>(out, limbs, s, start, stop);
+    case Dtype::kHalf: return squares<half>(out, limbs, s, start, stop);
   }
 }
 
 void square_sum(int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
-  alignas(64) float g[kBlock];
-  for (int64_t at = start; at < stop; at += kBlock) {
-    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
-    average_any(g, s, at, n);
-    square_any(limbs, s.dtype, g, n);
-  }
+  squares_any(nullptr, limbs, s, start, stop);
 }
 
-void reduce_squares(void* out, Dtype out_dtype, int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
-  alignas(64) float g[kBlock];
-  for (int64_t at = start; at < stop; at += kBlock) {
-    const int64_t n = stop - at < kBlock ? stop - at : kBlock;
-    average_any(g, s, at, n);
-    store_any(out, out_dtype, g, at, n);
-    square_any(limbs, s.dtype, g, n);
-  }
+void reduce_squares(void* to, Dtype dtype, bool past, int64_t* limbs, const Sources& s, int64_t start, int64_t stop) {
+  const Out out = out_of(to, dtype, past, s);
+  squares_any(&out, limbs, s, start, stop);
 }
 
 template <class T>

@@ -1,10 +1,13 @@
 // Exact sums of squares: a part of kernels_cpu.cpp, compiled once for each instruction set.
 //
+// Squares of bf16 and binary16 are short, and most blocks of gradients lie within 20 or 17 binades: there values are integers
+// below 2^27, and a block's squares add up within 64 bits. The window is that of the block before; one that does not fit is
+// summed as follows, and the next one gets a window of its own.
+//
 // Two accumulators a lane take in values whose exponents lie within a window, each without rounding: a binary64 that begins
 // at a power of two above all sums keeps what of a square lies above its last bit, and another adds up what is left of it
 // below. A window spans 22 binades or more. What lies below it takes another turn with the next one, which gradients rarely
-// need. Squares of bf16 and binary16 are short: those of the upper 15 or 12 binades leave nothing to the second accumulator,
-// and few blocks of gradients have others.
+// need.
 #pragma once
 
 #include "copy_cpu.h"
@@ -31,9 +34,14 @@ template <>
 constexpr int kBinades<half> = 45 - 10;
 template <>
 constexpr int kBinades<float> = 45 - 23;
-// Of these, the highest, in which no square has bits below the last one of `high`.
+// Binades in which values are integers below 2^kWord.
+constexpr int kWord = 27;
 template <class T>
-constexpr int kShort = kBinades<T> - 23;
+constexpr int kIntegers = kWord - 7;  // bf16
+template <>
+constexpr int kIntegers<half> = kWord - 10;
+template <>
+constexpr int kIntegers<float> = kWord - 23;  // too few
 
 // Adds value * 2^shift to the limbs; each limb keeps 32 bits, carries go up.
 ZL_FN void add_shifted(int64_t* limbs, uint64_t value, int shift) {
@@ -82,11 +90,6 @@ struct Window {
     low += square - (sum - high);
     high = sum;
   }
-  // The same for squares that leave nothing to `low`.
-  ZL_METHOD void add_short(const IntLanes& bits) {
-    const DoubleLanes x = __builtin_convertvector((FloatLanes)bits, DoubleLanes);
-    high += x * x;
-  }
 };
 
 // limbs += the sums of windows that began at e.
@@ -127,33 +130,102 @@ ZL_FN void square_windows(int64_t* limbs, const float* g, int64_t n) {
   }
 }
 
-// limbs += squares of g[0, n), of dtype T; n is a multiple of kTurn and at most kSquares.
+// limbs += squares of g[0, n), of dtype T; n is a multiple of kTurn and at most kSquares. `top` and `least` are the
+// bits of its largest and of its smallest magnitude above 0.
 template <class T>
-ZL_FN void square_block(int64_t* limbs, const float* g, int64_t n) {
-  uint32_t top = 0, least = ~0u;  // of magnitudes less 1, so that 0 is above all
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t size = as_bits(g[i]) & 0x7fffffffu, less = size - 1;
-    top = size > top ? size : top;
-    least = less < least ? less : least;
-  }
-  if (top == 0) return;
+ZL_FN void square_block(int64_t* limbs, const float* g, int64_t n, uint32_t top, uint32_t least) {
   const int e = exponent_of(top);
   if (e == static_cast<int>(kInf)) {
     for (int64_t i = 0; i < n; ++i) limbs[kLimbs - 1] += (as_bits(g[i]) & 0x7fffffffu) >= kInf << 23;
     return square_windows<T>(limbs, g, n);
   }
-  if (e >= kBinades<T> && exponent_of(least + 1) <= e - kBinades<T>) return square_windows<T>(limbs, g, n);
+  if (e >= kBinades<T> && exponent_of(least) <= e - kBinades<T>) return square_windows<T>(limbs, g, n);
   Window windows[kWindows];
   for (Window& window : windows) window.clear(e);
-  if (exponent_of(least + 1) > e - kShort<T>) {
-    for (int64_t i = 0; i < n; i += kTurn)
-      for (int k = 0; k < kWindows; ++k) windows[k].add_short(bits_of(g + i + k * kWide));
-  } else {
-    for (int64_t i = 0; i < n; i += kTurn)
-      for (int k = 0; k < kWindows; ++k) windows[k].add(bits_of(g + i + k * kWide));
-  }
+  for (int64_t i = 0; i < n; i += kTurn)
+    for (int k = 0; k < kWindows; ++k) windows[k].add(bits_of(g + i + k * kWide));
   add_windows(limbs, windows, e);
 }
+
+typedef float FloatLine __attribute__((vector_size(kLine)));
+typedef int32_t IntLine __attribute__((vector_size(kLine)));
+typedef uint32_t WordLine __attribute__((vector_size(kLine)));
+typedef uint64_t LongLine __attribute__((vector_size(kLine)));
+constexpr int64_t kAcross = kLine / 4;
+static_assert(kTurn % kAcross == 0);
+
+// Squares of the lower 32 bits of each.
+ZL_FN LongLine squares_of(const LongLine& x) {
+#if defined(__AVX512F__)
+  return (LongLine)_mm512_mul_epu32((__m512i)x, (__m512i)x);
+#elif defined(__AVX2__)
+  return (LongLine)_mm256_mul_epu32((__m256i)x, (__m256i)x);
+#elif defined(__x86_64__)
+  return (LongLine)_mm_mul_epu32((__m128i)x, (__m128i)x);
+#else
+  return (x & 0xffffffffu) * (x & 0xffffffffu);
+#endif
+}
+
+// The exact sum of squares of blocks of one dtype.
+//
+// total counts squares of 2^(e - 126 - kWord); e is the biased exponent that magnitudes of the next block may have, 0: none yet.
+template <class T>
+struct Squares {
+  int64_t* limbs;
+  unsigned __int128 total = 0;
+  int e = 0;
+
+  ZL_METHOD void move(int to) {
+    if (total != 0) {
+      const int shift = 2 * (e - 126 - kWord) - kUnit;
+      add_shifted(limbs, static_cast<uint64_t>(total), shift);
+      if (total >> 64) add_shifted(limbs, static_cast<uint64_t>(total >> 64), shift + 64);
+      total = 0;
+    }
+    e = to;
+  }
+
+  // n is a multiple of kTurn and at most kSquares, so that the sum of a block stays below 2^64.
+  ZL_METHOD void add(const float* g, int64_t n) {
+    const bool integers = kIntegers<T> > 16 && e > 0;
+    const FloatLine scale = FloatLine{} + static_cast<float>(power(integers ? kWord + 126 - e : 0));
+    WordLine top = {}, least = ~top;  // of magnitudes less 1, so that 0 is above all
+    LongLine even = {}, odd = {};
+    const auto look = [&](bool multiply) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < n; i += kAcross) {
+        WordLine size;
+        memcpy(&size, g + i, sizeof size);
+        size &= 0x7fffffffu;
+        const WordLine less = size - 1;
+        top = size > top ? size : top;
+        least = less < least ? less : least;
+        if (!multiply) continue;
+        const LongLine word = (LongLine)__builtin_convertvector((FloatLine)size * scale, IntLine);
+        even += squares_of(word);
+        odd += squares_of(word >> 32);
+      }
+    };
+    integers ? look(true) : look(false);
+    uint32_t largest = 0, smallest = ~0u;
+    for (int64_t k = 0; k < kAcross; ++k) {
+      largest = top[k] > largest ? top[k] : largest;
+      smallest = least[k] < smallest ? least[k] : smallest;
+    }
+    if (largest == 0) return;
+    ++smallest;
+    if (integers && exponent_of(largest) <= e && exponent_of(smallest) > e - kIntegers<T>) {
+      even += odd;
+      uint64_t sum = 0;
+      for (int64_t k = 0; k < kAcross / 2; ++k) sum += even[k];
+      total += sum;
+      return;
+    }
+    square_block<T>(limbs, g, n, largest, smallest);
+    const int next = exponent_of(largest) + 1;  // with room above; from 26 on its scale is a binary32
+    move(next >= 26 && next < static_cast<int>(kInf) ? next : 0);
+  }
+};
 
 }  // namespace
 }  // namespace zerolite

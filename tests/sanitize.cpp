@@ -62,10 +62,11 @@ void run_rest(const Kernels& table, Dtype dtype, int64_t start, int64_t stop) {
   int64_t limbs[kLimbs] = {};
   for (int count = 1; count <= 2; ++count) {
     const Sources s{sources, count, dtype, 0.5f};
-    table.reduce(wide.data, Dtype::kFloat, true, s, start, stop);
-    table.reduce(same.data, dtype, false, s, start, stop);
+    table.reduce(wide.data, Dtype::kFloat, true, false, s, start, stop);
+    table.reduce(same.data, dtype, false, false, s, start, stop);
+    table.reduce(same.data, dtype, false, true, s, start, stop);
     table.square_sum(limbs, s, start, stop);
-    table.reduce_squares(same.data, dtype, limbs, s, start, stop);
+    for (bool past : {false, true}) table.reduce_squares(same.data, dtype, past, limbs, s, start, stop);
   }
   table.exceeds(a.data, dtype, 1e30f, start, stop);
   const int width = width_of(dtype);
@@ -88,7 +89,7 @@ void run_far(const Kernels& table) {
   const void* sources[] = {g, g};
   const Sources s{sources, 2, Dtype::kBFloat16, 0.5f};
   table.reduce_adam({p, rest, reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), Dtype::kBFloat16}, s, row(), start, stop);
-  table.reduce(p, Dtype::kBFloat16, false, s, start, stop);
+  table.reduce(p, Dtype::kBFloat16, false, true, s, start, stop);
   int64_t limbs[kLimbs] = {};
   table.square_sum(limbs, s, start, stop);
   table.exceeds(g, Dtype::kBFloat16, 1.0f, start, stop);

@@ -127,6 +127,28 @@ def test_reduce(isa, n, dtype, accumulate):
     assert_same(outs[:1], outs[1:])
 
 
+@pytest.mark.parametrize("shift", [0, 1, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduce_of_what_goes_past_the_caches(isa, dtype, shift):
+    """From 1 MiB on (kUncached); `shift` elements from a line's beginning."""
+    n = 600_011
+    sources = [wide(n, k).to(dtype) for k in range(2)]
+    outs = [torch.full((n + 64,), 7.0, dtype=dtype)[shift : shift + n] for _ in range(3)]
+    sums = [torch.zeros(1, LIMBS, dtype=torch.int64) for _ in range(2)]
+    spans = torch.tensor([[0, n, 0]])
+    kernels.set_threads(2)
+    kernels.reduce_(outs[0], sources, 0.5, False)
+    kernels.reduce_squares_(outs[1], sums[0], sources, spans, 0.5)
+    reference.reduce_(outs[2], sources, 0.5, False)
+    assert_same(outs[:1], outs[2:])
+    assert_same(outs[1:2], outs[2:])
+    kernels.square_sum_(sums[1], outs[2:], spans, 1.0)
+    assert torch.equal(*sums)
+    for out in outs:
+        beside = out.as_strided((n + 64,), (1,), 0)
+        assert bool((beside[:shift] == 7).all()) and bool((beside[shift + n :] == 7).all())
+
+
 def test_reduce_is_nearer_to_the_exact_mean_than_one_rounding_a_rank(isa):
     """Averaging N bf16 sources: N fp32 roundings of 2^-24 each and one to bf16, 2^-8 (relative to the sum of magnitudes)."""
     sources = [torch.randn(4096, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(8)]
@@ -181,6 +203,26 @@ def test_square_sum_of_two_sizes_far_apart(isa, dtype, binades):
     for op, sums in ((kernels.square_sum_, ours), (reference.square_sum_, theirs)):
         op(sums, [src], torch.tensor([[0, 1024, 0]]), 1.0)
         op(sums, [src], torch.tensor([[1, 700, 0]]), 1.0)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("binades", range(12, 26))
+def test_square_sum_of_blocks_that_follow_each_other(isa, dtype, binades):
+    """The window of a block is that of the one before: what lies on its edges, above, below, nowhere near, and 0."""
+    ones = 2.0 - torch.finfo(dtype).eps
+    top = 10 if dtype == torch.float16 else 60
+    src = torch.full((12, 1024), ones * 2.0**top, dtype=torch.float64)
+    for block, up in enumerate([0, 0, 1, 2, 0, -3, 1, 0, 0, -12, -11, 3]):
+        src[block] *= 2.0**up
+    src[1:, 1::2] *= 2.0**-binades
+    src[:, 7] *= -1.0
+    src[7] = 0.0
+    src = src.view(-1)[:-5].to(dtype)
+    ours, theirs = (torch.zeros(1, LIMBS, dtype=torch.int64) for _ in range(2))
+    for op, sums in ((kernels.square_sum_, ours), (reference.square_sum_, theirs)):
+        op(sums, [src], torch.tensor([[0, len(src), 0]]), 1.0)
+        op(sums, [src], torch.tensor([[3, 9_000, 0]]), 1.0)
     assert torch.equal(ours, theirs)
 
 
