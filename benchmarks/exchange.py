@@ -1,6 +1,6 @@
 """Exchange, sum, Adam and publish at N ranks, against what moves gradients elsewhere.
 
-    python -m benchmarks.exchange [--ranks 4] [--elements 25e6] [--rounds 7]
+    python -m benchmarks.exchange [--ranks 4] [--elements 25e6] [--rounds 21]
 
 zerolite's side is `optimizer.step()` at stage 1 on one bf16 parameter: agreement, exchange, sum in rank order, Adam with
 an exact fp32 master, and the new parameters on every rank. The others are single collectives over gloo on tensors of
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--elements", type=float, default=25e6)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.out:

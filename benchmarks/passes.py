@@ -1,6 +1,6 @@
 """The passes beside the update: packing gradients, averaging them, their norm; and the machine's ceilings.
 
-    python -m benchmarks.passes [--elements 32e6] [--threads 2] [--rounds 9]
+    python -m benchmarks.passes [--elements 32e6] [--threads 2] [--rounds 31]
 
 Each stands beside what torch offers for the same work. A row has bytes and floating-point operations an element, so
 that the roofline (docs/bench/roofline.png) can be drawn from it; ceilings are plain loops (stream.cpp).
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=float, default=32e6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=31)
     args = parser.parse_args()
     n = int(args.elements) // (64 * PARTS) * 64 * PARTS
     torch.set_num_threads(args.threads)

@@ -1,6 +1,6 @@
 """The host update: averaged bf16 gradients in, exact fp32 master and moments (or rounded ones), bf16 parameters out.
 
-    python -m benchmarks.update [--elements 64e6] [--threads 2] [--rounds 9]
+    python -m benchmarks.update [--elements 64e6] [--threads 2] [--rounds 31]
 
 Peers do the same work with what they offer: cast the gradient to fp32, scale it by the clip factor, Adam on fp32 master
 and moments, cast the parameter to bf16. A peer that is not installed is named and left out.
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=float, default=64e6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=31)
     args = parser.parse_args()
     n = int(args.elements) // 64 * 64
     torch.set_num_threads(args.threads)
