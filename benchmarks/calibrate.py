@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,8 +134,12 @@ def planned(row: Row, world: int, name: str) -> float:
     After a step without another backward, gradients rest in shared memory only: elsewhere zero_grad() gave them back.
     """
     options = {"offload": None, "moments": "fp32"} | row["settings"]
-    stage = options["stage"] if options["stage"] != "auto" else int(options["chosen"].split()[1].rstrip(","))
-    plan = question(json.dumps(row["shape"]), world).plan(stage, options["offload"], options["moments"])
+    stage, offload = options["stage"], options["offload"]
+    if stage == "auto":  # the plan that it chose, as it is shown
+        chosen = re.match(r"stage (\d)(?:, offload='(\w+)')?", options["chosen"])
+        assert chosen is not None, options["chosen"]
+        stage, offload = int(chosen[1]), chosen[2]
+    plan = question(json.dumps(row["shape"]), world).plan(stage, offload, options["moments"])
     if name == "peak":
         return sum(plan.used(home, host=True) for home in ("device", "host"))
     kept = [term for term in plan.terms if term.when == "always" and (plan.setting.shared or term.name != "gradients")]

@@ -38,13 +38,20 @@ def sides(n: int, threads: int) -> dict[str, tuple[Callable[[], Any], float, flo
         torch.add(sources[0], sources[1], out=out)
         out.mul_(0.5)
 
-    pack, mean, norm = "pack", "average of 2", "square sum"
+    def average_and_norm() -> None:
+        average()
+        torch._foreach_norm(list(out.split(size)))
+
+    pack, mean, norm, both = "pack", "average of 2", "square sum", "average of 2 and its square sum"
     return {
         pack: (lambda: kernels.pack_(full, grads, offsets, False, flag, 2.0**100), 4, 0, None),
         "torch._foreach_copy_": (lambda: torch._foreach_copy_(list(full.split(size)), grads), 4, 0, pack),
         "torch.cat": (lambda: torch.cat(grads, out=full), 4, 0, pack),
         mean: (lambda: kernels.reduce_(out, sources, 0.5, False), 6, 2, None),
         "torch add and mul_": (average, 10, 2, mean),
+        both: (lambda: kernels.reduce_squares_(out, sums.zero_(), sources, spans, 0.5), 6, 4, None),
+        "torch add, mul_ and _foreach_norm": (average_and_norm, 12, 4, both),
+        "square sum of 2": (lambda: kernels.square_sum_(sums.zero_(), sources, spans, 0.5), 4, 4, None),
         norm: (lambda: kernels.square_sum_(sums.zero_(), [full], spans, 1.0), 2, 2, None),
         "torch.linalg.vector_norm, fp32": (lambda: torch.linalg.vector_norm(full, dtype=torch.float32), 2, 2, norm),
         "torch._foreach_norm": (lambda: torch._foreach_norm(grads), 2, 2, norm),

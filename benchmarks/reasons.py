@@ -41,20 +41,20 @@ def overhead(targets: list[Target], known: dict[str, Row], passes: list[Row], up
             "that stay included)"
         )
     rates = {row["side"]: row["ns"][1] for row in passes + update}
-    sides = ("pack", "average of 2", "square sum", "zerolite")
+    sides = ("pack", "average of 2 and its square sum", "square sum of 2", "zerolite")
     if any(side not in rates for side in sides):
         return ""
     ranks, size = one["ranks"], one["numel"] * 1e-6  # ms for each ns
     # Each rank packs all of its gradients, and averages come from `ranks` sources instead of 2 (by bytes).
-    times = [rates["pack"] * ranks, rates["average of 2"] * (ranks + 1) / 3, rates["square sum"], rates["zerolite"]]
-    each = [time * size for time in times]
+    scaled = (ranks, (ranks + 1) / 3, ranks / 2, 1)
+    pack, average, norm, adam = (rates[side] * scale * size for side, scale in zip(sides, scaled, strict=True))
     peers = {t.peer["system"]: t.peer["overhead"] for t in targets if t.bound == DEEPSPEED and t.system in names}
     bounds = [f"{name}'s sixth is {value * DEEPSPEED * 1e3:.0f}" for name, value in peers.items()]
     return (
-        f"overhead: at the rates of the tables above packing {each[0]:.0f} ms, averaging {each[1]:.0f}, the exact norm "
-        f"{each[2]:.0f} and the update {each[3]:.0f} take {sum(each):.0f} ms on these cores at stages 2 and 3, and "
-        f"{sum(each) - each[1]:.0f} at stage 1, which averages inside norm and update; {', '.join(bounds)}. What was "
-        "just written passes faster; the rest is waiting for the slowest rank"
+        f"overhead: at the rates of the tables above packing {pack:.0f} ms, averaging with the exact norm {average:.0f} and "
+        f"the update {adam:.0f} take {pack + average + adam:.0f} ms on these cores at stages 2 and 3; at stage 1, which "
+        f"averages inside norm and update, packing, the norm ({norm:.0f}) and the update {pack + norm + adam:.0f}; "
+        f"{', '.join(bounds)}. What was just written passes faster; the rest is waiting for the slowest rank"
     )
 
 
