@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row, read
-from benchmarks.systems import ALONE
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 WORK = {"zerolite": 20.0, "torch": 20.0, "DeepSpeed": 20.0, "read": 4.0}  # operations an element of an Adam update, about
@@ -94,31 +93,45 @@ def parts(axes: Any, rows: list[Row]) -> None:
     name_bars(axes, rows, "ms a step, median")
 
 
+SHOWN = ("DDP + AdamW(fused)", "ZeroRedundancyOptimizer", "FSDP2", *(f"DeepSpeed {k}" for k in (1, 2, 3)))
+SHOWN += tuple(f"zerolite {k}" for k in (1, 2, 3))
+
+
 def overhead(axes: Any, rows: list[Row]) -> None:
-    """Overhead of each system that ran at several sizes against the number of parameters; one line style a world."""
-    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["numel"]):
-        if row["system"] != ALONE and row["overhead"] > 0:
-            lines.setdefault((row["ranks"], row["system"]), []).append((row["numel"] / 1e6, row["overhead"] * 1e3))
-    most = max((len(points) for points in lines.values()), default=0)
-    drawn = {key: points for key, points in lines.items() if len(points) > 1 or most == 1}
-    colours = dict(zip(dict.fromkeys(name for _, name in drawn), COLOURS * 4, strict=False))
-    styles = dict(zip(sorted({world for world, _ in drawn}), ("-", "--", ":", "-."), strict=False))
-    for (world, name), points in sorted(drawn.items(), key=lambda item: -item[1][-1][1]):  # the legend in the lines' order
-        marker, style = "o" if name.startswith("zerolite") else "s", styles.get(world, "-")
-        label = f"{name}, {world} ranks"
-        axes.plot(*zip(*points, strict=True), style, marker=marker, color=colours[name], label=label, markersize=4)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    sizes = sorted({size for points in drawn.values() for size, _ in points})
-    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
-    low, high = axes.get_ylim()
+    """Overhead against the number of parameters, a panel for each world; without variants, which would hide the lines."""
+    rows = [row for row in rows if row["system"] in SHOWN and row["overhead"] > 0]
+    worlds, figure = sorted({row["ranks"] for row in rows}), axes.figure
+    axes.remove()
+    panels = figure.subplots(1, max(len(worlds), 1), sharey=True, squeeze=False)[0]
+    for panel, world in zip(panels, worlds, strict=False):
+        here = sorted((row for row in rows if row["ranks"] == world), key=lambda row: row["numel"])
+        for name, colour in zip(SHOWN, COLOURS, strict=False):
+            points = [(row["numel"] / 1e6, row["overhead"] * 1e3) for row in here if row["system"] == name]
+            style = "o-" if name.startswith("zerolite") else "s--"
+            if points:
+                panel.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        sizes = [0.0]
+        for row in here:  # those whose labels have room
+            sizes += [row["numel"] / 1e6] * (row["numel"] / 1e6 > 1.25 * sizes[-1])
+        sizes.pop(0)
+        panel.set_xticks(sizes, [f"{size:.3g}" for size in sizes], rotation=60, fontsize=8)
+        panel.set_title(f"{world} rank{'s' * (world > 1)}", fontsize=10)
+        panel.set_xlabel("million parameters")
+        panel.spines[["top", "right"]].set_visible(False)
+    low, high = panels[0].get_ylim()
     steps = [n * 10.0**power for power in range(-1, 6) for n in (1, 2, 5)]
-    axes.set_yticks([step for step in steps if low <= step <= high], [f"{step:g}" for step in steps if low <= step <= high])
-    axes.minorticks_off()
-    axes.set_xlabel("million parameters")
-    axes.set_ylabel("overhead, ms a step")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ticks = [step for step in steps if low <= step <= high]
+    panels[0].set_yticks(ticks, [f"{step:g}" for step in ticks])
+    panels[0].set_ylabel("overhead, ms a step")
+    for panel in panels:
+        panel.minorticks_off()
+    named: dict[str, Any] = {}  # a world may lack a system
+    for panel in panels:
+        for line, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, line)
+    panels[-1].legend(named.values(), named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def roofline(axes: Any, rows: list[Row]) -> None:
@@ -131,12 +144,13 @@ def roofline(axes: Any, rows: list[Row]) -> None:
         axes.plot(
             xs, [min(peak, x * speed) / 1e9 for x in xs], style, color="0.4", label=f"{row['side']}, {speed / 1e9:.0f} GB/s"
         )
-    for number, row in enumerate(row for row in rows if not row["side"].startswith("ceiling")):
+    colours = {mark: iter(COLOURS * 2) for mark in "os"}
+    for row in (row for row in rows if not row["side"].startswith("ceiling")):
         work = row.get("flops", WORK.get(row["side"].split()[0].split("-")[0].rstrip(","), 20.0))
         if work:
             x, y = work / row["bytes"], work / row["ns"][1]
             mark = "o" if row["side"].startswith(("zerolite", "pack", "average", "square")) else "s"
-            axes.plot(x, y, mark, color=(COLOURS * 3)[number], label=row["side"], markersize=6)
+            axes.plot(x, y, mark, color=next(colours[mark]), label=row["side"], markersize=6)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte (about 20 an element of an Adam update)")
