@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import on_ranks, quantile, ratio, shown, store
+from benchmarks.harness import on_ranks, quantile, ratio, shown, shuffled, store
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -52,9 +51,8 @@ def worker(args: argparse.Namespace) -> None:
         "gloo all_gather, bf16": (nothing, lambda: gather(whole, shards[torch.bfloat16])),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    shuffled = random.Random(0)  # the same order on all ranks
-    for number in range(args.rounds + 2):
-        for name in shuffled.sample(list(sides), len(sides)):
+    for number, names in enumerate(shuffled(sides, args.rounds + 2)):
+        for name in names:
             before, call = sides[name]
             grads[torch.bfloat16].normal_(0, 1e-3)
             before()

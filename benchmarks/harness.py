@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,18 @@ def quantiles(values: list[float], scale: float = 1.0) -> list[float]:
     return [quantile(values, q) * scale for q in (0.2, 0.5, 0.8)]
 
 
+def shuffled(names: Iterable[str], rounds: int) -> list[list[str]]:
+    """All names in each round, so that a drift of the machine meets all alike; each round in another order, so that none always
+    follows the same other one. The same in every process."""
+    known, order = list(names), random.Random(0)
+    return [order.sample(known, len(known)) for _ in range(rounds)]
+
+
 def interleave(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side, all sides a round, so that a drift of the machine meets all alike; each round in another order, so
-    that none always follows the same other one. The orders are the same in every process."""
+    """Seconds of each side, in `shuffled` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    shuffled = random.Random(0)
-    for number in range(rounds + warmup):
-        for name in shuffled.sample(list(sides), len(sides)):
+    for number, names in enumerate(shuffled(sides, rounds + warmup)):
+        for name in names:
             start = time.perf_counter()
             sides[name]()
             if number >= warmup:

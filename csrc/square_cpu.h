@@ -57,6 +57,12 @@ ZL_FN void add_shifted(int64_t* limbs, uint64_t value, int shift) {
   }
 }
 
+// The same of two words.
+ZL_FN void add_wide(int64_t* limbs, unsigned __int128 value, int shift) {
+  add_shifted(limbs, static_cast<uint64_t>(value), shift);
+  if (value >> 64) add_shifted(limbs, static_cast<uint64_t>(value >> 64), shift + 64);
+}
+
 ZL_FN double power(int exponent) {
   const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
   double x;
@@ -103,8 +109,7 @@ ZL_FN void add_windows(int64_t* limbs, const Window (&windows)[kWindows], int e)
       low += static_cast<int64_t>(window.low[k] * down);
     }
   const unsigned __int128 sum = (static_cast<unsigned __int128>(high) << (c - 52 - last)) + static_cast<__int128>(low);
-  add_shifted(limbs, static_cast<uint64_t>(sum), last - kUnit);
-  if (sum >> 64) add_shifted(limbs, static_cast<uint64_t>(sum >> 64), last - kUnit + 64);
+  add_wide(limbs, sum, last - kUnit);
 }
 
 // Where one window does not hold all: magnitudes from `from` up to `below`, then what is under it, and so on.
@@ -177,12 +182,8 @@ struct Squares {
   int e = 0;
 
   ZL_METHOD void move(int to) {
-    if (total != 0) {
-      const int shift = 2 * (e - 126 - kWord) - kUnit;
-      add_shifted(limbs, static_cast<uint64_t>(total), shift);
-      if (total >> 64) add_shifted(limbs, static_cast<uint64_t>(total >> 64), shift + 64);
-      total = 0;
-    }
+    if (total != 0) add_wide(limbs, total, 2 * (e - 126 - kWord) - kUnit);
+    total = 0;
     e = to;
   }
 
