@@ -193,10 +193,10 @@ def blank(p: Tensor, dtype: torch.dtype) -> Tensor:
 def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn.Module | None, comm: Comm) -> None:
     """Rank 0's values of parameters without a bucket (frozen ones) and of buffers; casts those parameters too."""
     covered = {entry.param for entry in entries if entry.bucket is not None}
-    named = [(entry.name, entry.param) for entry in entries]
-    named += [(name, p) for name, p in model.named_parameters() if p not in dict(named)] if model is not None else []
-    for name, p in {p: (name, p) for name, p in named if p not in covered}.values():
-        if not p.numel():
+    named = {p: name for name, p in model.named_parameters()} if model is not None else {}
+    named |= {entry.param: entry.name for entry in entries}
+    for p, name in named.items():
+        if p in covered or not p.numel():
             continue
         _copy_from_rank_0(p.data, f"set-up parameter {name}", comm)
         if dtype is not None and p.dtype == torch.float32:
