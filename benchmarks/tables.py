@@ -207,11 +207,12 @@ def scale(rows: list[Row]) -> str:
     text = "## Scale\n\n"
     checked = [row for row in rows if row["kind"] == "calibration"]
     if checked:
-        body = [[r["model"], r["system"], f"{r['ranks']} from {', '.join(map(str, r['known']))}"] for r in checked]
+        body = [[r["model"], r.get("cpu", r["conditions"]["cpu"]), r["system"]] for r in checked]
         for line, r in zip(body, checked, strict=True):
+            line += [f"{r['ranks']} from {', '.join(map(str, r['known']))}"]
             line += [f"{r['measured']['step'] * 1e3:.0f}", f"{r['predicted']['step'] * 1e3:.0f}"]
             line += [f"{r['errors'][name]:+.1%}" for name in ("step", "peak", "rest")]
-        head = ["model", "system", "ranks", "measured, ms", "predicted, ms", "step", "peak", "rest"]
+        head = ["model", "processor", "system", "ranks", "measured, ms", "predicted, ms", "step", "peak", "rest"]
         near = sum(abs(error) <= TOLERANCE for r in checked for error in r["errors"].values())
         text += (
             f"Each world predicted from the others (`benchmarks/calibrate.py`). {conditions(checked[0])}\n{table(head, body)}\n"

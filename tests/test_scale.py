@@ -82,3 +82,13 @@ def test_the_forecast_follows_its_formulas():
     assert scale.seconds(hw, 1e9, 8, 1000, 2, None)["exchange"] == pytest.approx(2e9 * 7 / 8 / 1e9)  # within a host
     (ahead,) = scale.forecast(scale.HARDWARE["H100"], 4096, ["llama-2-7b"], [64])
     assert ahead["fits"] and ahead["stage"] == 1 and 2 * ahead["numel"] < ahead["device"] < 80e9
+
+
+def test_rows_of_two_processors_are_not_mixed():
+    other = {**CONDITIONS, "cpu": "another"}
+    rows = [{**r, "conditions": other if n == 4 else CONDITIONS} for n in (1, 2, 4) for r in grown(n)]
+    assert not calibrate.calibrate(rows)
+    slow = [{**r, "conditions": other, "step": r["step"] * 3} for n in (1, 2, 4) for r in grown(n)]
+    both = calibrate.calibrate([r for n in (1, 2, 4) for r in grown(n)] + slow)
+    steps = {cpu: [r["measured"]["step"] for r in both if r["cpu"] == cpu] for cpu in ("a <b>", "another")}
+    assert len(steps["another"]) == 12 and steps["another"] == pytest.approx([3 * step for step in steps["a <b>"]])
