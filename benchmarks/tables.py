@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import reasons
 from benchmarks.calibrate import TOLERANCE
 from benchmarks.harness import Row
-from benchmarks.targets import best, missed, of_largest, of_steps
+from benchmarks.targets import best, disturbed, missed, of_largest, of_steps
 
 NOTES = {
     "update": """
@@ -120,12 +120,15 @@ def step(blocks: list[list[Row]], passes: list[Row], update: list[Row]) -> str:
         if not measured:
             continue
         peers = [best(measured, "overhead", peer) for peer in ("DDP", "DeepSpeed")]
-        body = [step_row(row, [peer["overhead"] if peer else None for peer in peers]) for row in measured]
+        odd = disturbed(measured)
+        body = [step_row(row, [peer["overhead"] if peer and not odd else None for peer in peers]) for row in measured]
         filled = [k for k in range(len(STEP)) if any(line[k] for line in body)]  # older results have fewer columns
         body = [[line[k] for k in filled] for line in body]
         size, ranks, model = measured[0]["numel"] / 1e6, measured[0]["ranks"], measured[0].get("model", "GPT-2")
         title = f"### {model}, {size:.1f} M parameters, bf16, {ranks} rank{'s' if ranks > 1 else ''}\n\n"
         text = f"{title}{conditions(measured[0])}\n{table([STEP[k] for k in filled], body)}"
+        if odd:
+            text += f"\nDisturbed: model alone took longer than {', '.join(odd)}. Overheads say nothing and are not judged.\n"
         parts.append(text + left_out(rows) + missed(of_steps(rows)) + reasons.of_block(rows, passes, update))
     return "## A training step\n\n" + "\n".join(parts) + NOTES["step"] if parts else ""
 

@@ -64,9 +64,14 @@ def of_steps(rows: list[Row]) -> list[Target]:
             ("first", best(rows, "first", "DeepSpeed", stage), FIRST),
         ]
         for metric, peer, bound in pairs:
-            if peer is not None and peer[metric] > 0 and stage > 0:
+            if peer is not None and stage > 0 and not (metric == "overhead" and disturbed(rows)):
                 found.append(Target(name, metric, peer, bound, row[metric] / peer[metric]))
     return found
+
+
+def disturbed(rows: list[Row]) -> list[str]:
+    """Peers whose whole step was no longer than model alone's, which something else had slowed down then."""
+    return [row["system"] for row in rows if row["system"].startswith(("DDP", "DeepSpeed")) and row["overhead"] <= 0]
 
 
 def of_largest(rows: list[Row]) -> list[Target]:

@@ -174,6 +174,12 @@ def test_targets_name_what_is_missed():
     text = targets.missed(targets.of_steps(rows))
     assert text.startswith("\nTargets missed in this run:\n\n- zerolite 2: overhead of DeepSpeed 2 + offload's 0.18")
 
+    slowed = [row("DDP + AdamW(fused)", -0.2), *rows[1:]]  # something else ran beside "model alone"
+    assert targets.disturbed(slowed) == ["DDP + AdamW(fused)"] and not targets.disturbed(rows)
+    assert {target.metric for target in targets.of_steps(slowed)} == {targets.ABOVE, "first"}
+    text = tables.step([slowed], [], [])
+    assert "Disturbed: model alone took longer than DDP + AdamW(fused)." in text and "overhead of" not in text
+
     def large(system, numel):
         return {"benchmark": "largest", "system": system, "ranks": 2, "numel": numel}
 
