@@ -6,7 +6,7 @@ rest; every system has its best known settings for the device, all keys written 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
-BUCKET = 13_000_000  # elements: 25 MiB of bf16, DDP's and zerolite's default
+# From MANY DTensors on, FSDP2's updates are called with FEW at a time: an operation on a list of them looks at all inputs for
+# each output (torch 2.13), which takes minutes a step with 10,000 parameters and half a second with lists of 10 to 50.
+MANY, FEW = 1000, 20
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def loss_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda batch: model(input_ids=batch, labels=batch).loss
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
+def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
 
 
 def alone(job: Job) -> Trained:
@@ -81,13 +83,14 @@ def alone(job: Job) -> Trained:
 
 
 def stepped(
-    model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], clip: bool = True
-) -> Trained:
+    model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], clip: bool = True,
+    foreach: bool | None = None,
+) -> Trained:  # fmt: skip
     """The usual loop around an optimizer."""
 
     def update() -> None:
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=foreach)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -104,7 +107,9 @@ def parallel(job: Job) -> tuple[nn.Module, nn.Module]:
 
 def ddp(job: Job) -> Trained:
     model, wrapped = parallel(job)
-    return stepped(model, wrapped, adamw(model), {"gradient_as_bucket_view": True, "bucket_cap_mb": 25, "AdamW": "fused"})
+    return stepped(
+        model, wrapped, adamw(model.parameters()), {"gradient_as_bucket_view": True, "bucket_cap_mb": 25, "AdamW": "fused"}
+    )
 
 
 def zero_redundancy(job: Job) -> Trained:
@@ -137,7 +142,12 @@ def fsdp2(offload: bool = False) -> Callable[[Job], Trained]:
                 for p in model.parameters():
                     p.normal_(0, 0.02)
         settings = {"param_dtype": "bf16", "reduce_dtype": "fp32", "units": "blocks and root", "AdamW": "fused"}
-        return stepped(model, model, adamw(model), {**settings, "offload": offload, "reshard_after_forward": True})
+        settings |= {"offload": offload, "reshard_after_forward": True}
+        params = list(model.parameters())
+        if len(params) < MANY:
+            return stepped(model, model, adamw(params), settings)
+        groups = [{"params": params[k : k + FEW]} for k in range(0, len(params), FEW)]
+        return stepped(model, model, adamw(groups), {**settings, "groups of": FEW, "foreach": False}, foreach=False)
 
     return system
 
@@ -155,7 +165,7 @@ def zerolite(stage: int | str, **options: Any) -> Callable[[Job], Trained]:
                 model = job.make()
         else:
             model = job.model()
-        optimizer = ZeroOptimizer(adamw(model), model, stage=stage, **options)
+        optimizer = ZeroOptimizer(adamw(model.parameters()), model, stage=stage, **options)
         trained = stepped(model, model, optimizer, {"stage": stage, **options, "chosen": optimizer.plan.label})
         ledger = optimizer._parts.comm.ledger
         trained.sent = lambda: sum(ledger.sent.values())
