@@ -68,7 +68,7 @@ def deepspeed(stage: int, offload: bool = False, params: bool = False) -> Callab
                 model.parameters(), lr=LR, weight_decay=DECAY, adamw_mode=True, fp32_optimizer_states=True
             )
         else:
-            optimizer = adamw(model)
+            optimizer = adamw(model.parameters())
         engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         shown = {**settings, "optimizer": type(optimizer).__name__}
         return Trained(loss_of(engine), engine.backward, engine.step, shown)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
+BUCKET = 13_000_000  # elements: 25 MiB of bf16, DDP's and zerolite's default
 # From MANY DTensors on, FSDP2's updates are called with FEW at a time: an operation on a list of them looks at all inputs for
 # each output (torch 2.13), which takes minutes a step with 10,000 parameters and half a second with lists of 10 to 50.
 MANY, FEW = 1000, 20
@@ -141,7 +142,7 @@ def fsdp2(offload: bool = False) -> Callable[[Job], Trained]:
             with torch.no_grad():
                 for p in model.parameters():
                     p.normal_(0, 0.02)
-        settings = {"param_dtype": "bf16", "reduce_dtype": "fp32", "units": "blocks and root", "AdamW": "fused"}
+        settings: dict[str, Any] = {"param_dtype": "bf16", "reduce_dtype": "fp32", "units": "blocks and root", "AdamW": "fused"}
         settings |= {"offload": offload, "reshard_after_forward": True}
         params = list(model.parameters())
         if len(params) < MANY:
