@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import zerolite
 from zerolite.comm.local import LocalComm
+from zerolite.values import copy_the_rest
 
 stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
@@ -424,3 +425,27 @@ def test_no_sync_on_one_rank_only_is_named():
     assert all(
         "no_sync() on every rank" in message or "disagree" in message for message in on_processes(2, one_rank_under_no_sync)
     )
+
+
+def test_setting_up_looks_at_each_name_once():
+    """A dictionary of all names for each parameter took 4 seconds with 10,000 parameters and 17 with 20,000."""
+    seen = [0]
+
+    class Name(str):
+        def __hash__(self):
+            seen[0] += 1
+            return super().__hash__()
+
+    class Model(nn.Module):
+        def named_parameters(self, *args, **options):
+            return [(Name(name), p) for name, p in super().named_parameters(*args, **options)]
+
+    count, model = 50, Model()
+    for k in range(count):
+        model.register_parameter(f"w{k}", nn.Parameter(torch.ones(2), requires_grad=False))
+    copy_the_rest([], torch.bfloat16, model, LocalComm())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and seen[0] <= count
+    seen[0] = 0
+    model.requires_grad_(True)
+    sgd(model, 2)
+    assert seen[0] < 20 * count
