@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -91,13 +92,14 @@ def on_ranks(
     sample  also "peak": the largest sum over ranks of PSS, bytes (a page that ranks share counts once)
     limit   of that sum: beyond it the ranks are killed and OverLimit is raised
 
-    Where it fails, the end of the log.
+    "others" is what other processes took meanwhile, in cores. Where it fails, the end of the log.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log"
         whole = _environment(ranks) | ({} if sample or limit is not None else STEADY) | (env or {})
         line = [sys.executable, "-m", *command, "--out", str(out)]
         peak, sample = 0, sample or limit is not None
+        before = others()
         with log.open("w") as file:
             running = [
                 subprocess.Popen(line, env={**whole, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=file, stderr=file)
@@ -122,7 +124,19 @@ def on_ranks(
                     rank.wait()
         if not out.exists():
             return _reason(log.read_text())
-        return {**json.loads(out.read_text()), **({"peak": peak} if sample else {})}
+        (start, busy), (stop, after) = before, others()
+        result = {**json.loads(out.read_text()), "others": (after - busy) / (stop - start)}
+        return {**result, **({"peak": peak} if sample else {})}
+
+
+def others() -> tuple[float, float]:
+    """Now, and seconds that cores have worked so far for what is not this process's ended children."""
+    import psutil
+
+    times, own = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    steal, interrupts = getattr(times, "steal", 0.0), getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+    busy = times.user + times.system + getattr(times, "nice", 0.0) + steal + interrupts
+    return time.monotonic(), busy - own.ru_utime - own.ru_stime
 
 
 def _environment(ranks: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Row
+from benchmarks.models import SMALL
 from benchmarks.targets import ABOVE, DEEPSPEED, PEAK, Target, best, of_steps
 
 
@@ -29,6 +30,8 @@ def overhead(targets: list[Target], known: dict[str, Row], passes: list[Row], up
     if not names:
         return ""
     one = known[names[0]]
+    if one.get("shape", {}).get("kind") == "small":
+        return each(known, names, targets)
     if one["ranks"] == 1:
         ddp = best(list(known.values()), "overhead", "DDP")
         if ddp is None:
@@ -55,6 +58,20 @@ def overhead(targets: list[Target], known: dict[str, Row], passes: list[Row], up
         f"the update {adam:.0f} take {pack + average + adam:.0f} ms on these cores at stages 2 and 3; at stage 1, which "
         f"averages inside norm and update, packing, the norm ({norm:.0f}) and the update {pack + norm + adam:.0f}; "
         f"{', '.join(bounds)}. What was just written passes faster; the rest is waiting for the slowest rank"
+    )
+
+
+def each(known: dict[str, Row], names: list[str], targets: list[Target]) -> str:
+    """With thousands of small parameters: what one costs."""
+    peers = dict.fromkeys(t.peer["system"] for t in targets if t.metric == "overhead" and t.system in names)
+    count = known[names[0]]["shape"]["layers"] * SMALL
+    told = ", ".join(f"{name} {known[name]['overhead'] / count * 1e6:.1f}" for name in (*names, *peers))
+    alone = known["model alone"]["step"] / count * 1e6
+    return (
+        f"overhead: {count:,} parameters cost what Python and autograd do for each, not their bytes. Microseconds a parameter "
+        f"beyond the {alone:.1f} of model alone: {told}. Of zerolite's, the call of a hook, with p.grad read and set, is "
+        "about 3; most of the rest is torch's clip_grad_norm_, which asks each p.grad for its norm and scales it "
+        "(`optimizer.clip_grad_norm_` does not)"
     )
 
 

@@ -245,6 +245,7 @@ def summary(system: str, shape: Shape, ranks: int, runs: list[Row], base: list[R
     row: Row = {"benchmark": "step", "system": system, "numel": numel, "ranks": ranks, **phases}
     row |= {"communication": quantile([run["communication"] for run in timed], 0.5), "step": quantile([*map(mid, timed)], 0.5)}
     row |= {"steps": quantiles(steps), "overhead": quantile(over, 0.5), "overheads": over}
+    row["others"] = max((run["others"] for run in timed if "others" in run), default=0.0)
     row["tokens_a_second"] = shape.tokens * ranks / row["step"]
     row |= {"first": quantile([run["first"] for run in timed], 0.5), "build": quantile([run["build"] for run in timed], 0.5)}
     row |= {"losses": last["losses"], "loss": last["losses"][-1], "wire": last.get("wire"), "sent": last.get("sent")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import reasons
 from benchmarks.calibrate import TOLERANCE
 from benchmarks.harness import Row
-from benchmarks.targets import best, disturbed, missed, of_largest, of_steps
+from benchmarks.targets import OTHERS, best, disturbed, missed, of_largest, of_steps
 
 NOTES = {
     "update": """
@@ -129,6 +129,9 @@ def step(blocks: list[list[Row]], passes: list[Row], update: list[Row]) -> str:
         text = f"{title}{conditions(measured[0])}\n{table([STEP[k] for k in filled], body)}"
         if odd:
             text += f"\nDisturbed: model alone took longer than {', '.join(odd)}. Overheads say nothing and are not judged.\n"
+        beside = [f"{r['system']} ({r['others']:.1f})" for r in measured if r.get("others", 0.0) > OTHERS]
+        if beside:
+            text += f"\nOther processes took more than {OTHERS} cores while these were timed: {', '.join(beside)}.\n"
         parts.append(text + left_out(rows) + missed(of_steps(rows)) + reasons.of_block(rows, passes, update))
     return "## A training step\n\n" + "\n".join(parts) + NOTES["step"] if parts else ""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness import Row
 
+OTHERS = 0.1  # cores that other processes may take while a system is timed
 DEEPSPEED, DDP, PEAK, FIRST = 1 / 6, 1 / 2, 1 / 2, 1 / 2  # at most
 EXACT, INT8 = 2.0, 3.0  # at least
 ABOVE = "peak_a_parameter"  # peak memory above imports, process group and a tiny model's step, which are no system's

@@ -180,6 +180,10 @@ def test_targets_name_what_is_missed():
     text = tables.step([slowed], [], [])
     assert "Disturbed: model alone took longer than DDP + AdamW(fused)." in text and "overhead of" not in text
 
+    busy = [{**r, "others": 0.3 if r["system"] == "DeepSpeed 2" else 0.01} for r in rows]
+    text = tables.step([busy], [], [])
+    assert "Other processes took more than 0.1 cores while these were timed: DeepSpeed 2 (0.3).\n" in text
+
     def large(system, numel):
         return {"benchmark": "largest", "system": system, "ranks": 2, "numel": numel}
 
@@ -202,6 +206,9 @@ def test_reasons_are_told_in_figures():
     single = [{**r, "ranks": 1} for r in late]
     assert "zerolite 2 0.0 (gradients" in reasons.of_block(single, passes[:3], passes[3:])
     assert reasons.of_block([*rows, row("zerolite 2", 0.01, peak=3 << 29, first=0.1)], passes, []) == ""
+    small = [{**r, "shape": {"kind": "small", "layers": 100}} for r in late]
+    text = reasons.of_block(small, passes[:3], passes[3:])
+    assert "overhead: 10,000 parameters" in text and "zerolite 2" in text and "packing" not in text
 
 
 def test_the_table_has_every_system_and_the_figures():

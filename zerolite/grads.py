@@ -146,19 +146,38 @@ class Grads:
 
     # ---- what handles ask (lazy_grad.Source)
 
+    def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None:
+        """As norm_tensor, where that has made this norm for another parameter and nothing changed since; else None."""
+        reducer, table, row = self.reducer, self.table, handle.row
+        if reducer.active or self._norms[0] != (reducer.version, -1) or table.factors[row] != 1.0:
+            return None
+        if not self._unused(handle):
+            return None
+        return self._ready[order].pop(row, None) if order in self._ready else None  # once: it is the caller's to write to
+
+    def _unused(self, handle: LazyGrad) -> bool:
+        """Whether a handle is the parameter's own, of a gradient that no step has used up."""
+        table, row = self.table, handle.row
+        return table.handles[row] is handle and table.state[row] != USED and handle.incoming is None
+
+    def scale(self, handle: LazyGrad, by: object) -> bool:
+        """Records a factor of one parameter's gradient, if `by` is a number or a tensor of one; whether it did."""
+        if not (type(by) is float or (type(by) is Tensor and by.dim() == 0)) or not self._unused(handle):
+            return False
+        self.table.factors[handle.row] *= float(by)
+        return True
+
     def norm_tensor(self, entry: Entry, order: float) -> Tensor:
         """The norm of one parameter's gradient, with factors, in fp32 on its device; made for all at once."""
         value = self.norms(order)[entry.index]
-        if order not in self._ready:
-            values = torch.tensor(self.norms(order), dtype=torch.float32, device=entry.param.device)
+        device = entry.param.device
+        if order not in self._ready:  # for norm_once, where all are on one device
+            one = {bucket.full.device for bucket in self.reducer.order} == {device}
+            values = torch.tensor(self.norms(order) if one else [], dtype=torch.float32, device=device)
             self._ready[order] = dict(enumerate(values.unbind()))
-        if entry.factor == 1.0 or order == 0.0:
-            found = self._ready[order].pop(entry.index, None)  # once: it is the caller's to write to
-            if found is not None and found.device == entry.param.device:
-                return found
-        else:
+        if order != 0.0:
             value *= abs(entry.factor)
-        return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+        return torch.tensor(value, dtype=torch.float32, device=device)
 
     def clip(self, params: list[Tensor], max_norm: float, order: float) -> Tensor | None:
         """torch.nn.utils.clip_grad_norm_ with the same bits, without a call for each parameter; None: for torch to do."""

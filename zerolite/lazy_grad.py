@@ -27,6 +27,7 @@ from zerolite.entry import Entry
 
 _aten = torch.ops.aten
 _MUL = _aten.mul_.Tensor
+_mul, _vector_norm = Tensor.mul_, torch.linalg.vector_norm
 _pass = torch._C._disabled_torch_function_impl
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
 
@@ -35,7 +36,9 @@ class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
 
     def arrive(self, entry: Entry, grad: Tensor) -> None: ...
+    def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None: ...
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
+    def scale(self, handle: LazyGrad, by: object) -> bool: ...
     def finite(self) -> bool: ...
     def read(self, entry: Entry) -> Tensor: ...
     def zero(self, entry: Entry) -> None: ...
@@ -46,6 +49,7 @@ class LazyGrad(Tensor):
 
     _entry: weakref.ref[Entry]
     _source: weakref.ref[Source]
+    row: int  # of the entry in its table
     incoming: Tensor | None  # a gradient that autograd added, for the hook that follows
 
     @staticmethod
@@ -58,7 +62,7 @@ class LazyGrad(Tensor):
         # Weakly: the garbage collector does not look into p.grad, and a strong reference back to the parameter would keep model
         # and optimizer for ever once both are dropped after a step.
         handle._entry, handle._source = weakref.ref(entry), weakref.ref(source)
-        handle.incoming = None
+        handle.row, handle.incoming = entry.index, None
         return handle
 
     def __init__(self, entry: Entry, source: Source, dtype: torch.dtype) -> None:
@@ -93,11 +97,12 @@ class LazyGrad(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch's clip_grad_norm_ calls for each p.grad, before torch's dispatcher; the rest as without this."""
-        if not kwargs and len(args) == 2 and type(args[0]) is cls:
-            if func is torch.linalg.vector_norm:
-                return _norm_tensor(args[0], float(args[1]))
-            if func is Tensor.mul_ and _scale(_MUL, args, {}) is not NotImplemented:
-                return args[0]
+        if (func is _vector_norm or func is _mul) and not kwargs and len(args) == 2 and type(args[0]) is cls:
+            handle, value = args
+            if func is _vector_norm:
+                return _norm_tensor(handle, float(value))
+            if handle.source.scale(handle, value) or _scale(_MUL, args, {}) is not NotImplemented:
+                return handle
         return _pass(func, types, args, kwargs or {})
 
     @classmethod
@@ -124,6 +129,9 @@ def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
+    found = handle.source.norm_once(handle, order)
+    if found is not None:
+        return found
     _check(handle)
     return handle.source.norm_tensor(handle.entry, order)
 
