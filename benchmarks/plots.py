@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,16 @@ def draw(results: Path, folder: Path) -> list[Path]:
 
 
 def largest_block(rows: list[Row]) -> list[Row]:
-    """The rows of the model and world with most systems, the larger model where equal."""
+    """The rows of the model and world with most systems; where equal, of several ranks, and then the larger model."""
     blocks: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row["numel"], row["ranks"]), []).append(row)
-    return max(blocks.values(), key=lambda block: (len(block), block[0]["numel"]), default=[])
+    return max(blocks.values(), key=lambda block: (len(block), block[0]["ranks"] > 1, block[0]["numel"]), default=[])
 
 
 def title(rows: list[Row]) -> str:
-    return f"{rows[0].get('model', 'GPT-2')}, {rows[0]['numel'] / 1e6:.0f} M parameters, {rows[0]['ranks']} ranks"
+    ranks = rows[0]["ranks"]
+    return f"{rows[0].get('model', 'GPT-2')}, {rows[0]['numel'] / 1e6:.0f} M parameters, {ranks} rank{'s' * (ranks > 1)}"
 
 
 def stack(axes: Any, series: dict[str, list[float]], height: float) -> None:
@@ -98,18 +100,24 @@ SHOWN += tuple(f"zerolite {k}" for k in (1, 2, 3))
 
 
 def overhead(axes: Any, rows: list[Row]) -> None:
-    """Overhead against the number of parameters, a panel for each world; without variants, which would hide the lines."""
+    """Overhead against the number of parameters, a panel for each world and a line for each processor; without variants, which
+    would hide the lines, and without the model of many small parameters, whose size says nothing."""
     rows = [row for row in rows if row["system"] in SHOWN and row["overhead"] > 0]
+    rows = [row for row in rows if row.get("shape", {}).get("kind") != "small"]
+    hosts = [cpu for cpu, _ in Counter(row["conditions"]["cpu"] for row in rows).most_common()]
     worlds, figure = sorted({row["ranks"] for row in rows}), axes.figure
     axes.remove()
     panels = figure.subplots(1, max(len(worlds), 1), sharey=True, squeeze=False)[0]
     for panel, world in zip(panels, worlds, strict=False):
         here = sorted((row for row in rows if row["ranks"] == world), key=lambda row: row["numel"])
         for name, colour in zip(SHOWN, COLOURS, strict=False):
-            points = [(row["numel"] / 1e6, row["overhead"] * 1e3) for row in here if row["system"] == name]
             style = "o-" if name.startswith("zerolite") else "s--"
-            if points:
-                panel.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4)
+            for host, fill in zip(hosts, (colour, "white", "black"), strict=False):
+                mine = [row for row in here if row["system"] == name and row["conditions"]["cpu"] == host]
+                points = [(row["numel"] / 1e6, row["overhead"] * 1e3) for row in mine]
+                if points:
+                    xy = zip(*points, strict=True)
+                    panel.plot(*xy, style, color=colour, label=name, markersize=4, markerfacecolor=fill)
         panel.set_xscale("log")
         panel.set_yscale("log")
         sizes = [0.0]
@@ -131,6 +139,8 @@ def overhead(axes: Any, rows: list[Row]) -> None:
     for panel in panels:
         for line, name in zip(*panel.get_legend_handles_labels(), strict=True):
             named.setdefault(name, line)
+    for host, fill in zip(hosts if len(hosts) > 1 else [], ("gray", "white", "black"), strict=False):
+        named[host] = panels[-1].plot([], [], "o", color="gray", markersize=4, markerfacecolor=fill)[0]
     panels[-1].legend(named.values(), named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

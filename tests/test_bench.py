@@ -21,6 +21,7 @@ from benchmarks import (
     construct,
     harness,
     largest,
+    plots,
     reasons,
     report,
     step,
@@ -335,3 +336,22 @@ def test_a_real_run_of_two_ranks_has_every_figure():
     assert found["settings"]["stage"] == 2 and found["settings"]["chosen"].startswith("stage 2")
     with pytest.raises(harness.OverLimit):
         step.launch("zerolite 2", shape, 2, 1, limit=50 << 20, timeout=200)
+
+
+def test_overheads_of_two_processors_are_two_lines():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    hosts = ({**CONDITIONS, "cpu": "one"}, {**CONDITIONS, "cpu": "another"})
+    rows = [row(name, 0.1, numel=n, conditions=hosts[n > 10]) for name in ("FSDP2", "zerolite 2") for n in (1, 2, 3, 20, 30)]
+    rows += [row("FSDP2", 9.0, shape={"kind": "small"}), row("zerolite 2", -0.1)]  # neither is drawn
+    figure, axes = pyplot.subplots()
+    plots.overhead(axes, rows)
+    lines = [(line.get_label(), len(line.get_xdata())) for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    assert lines == [("FSDP2", 3), ("FSDP2", 2), ("zerolite 2", 3), ("zerolite 2", 2)]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["FSDP2", "zerolite 2", "one", "another"]
+    pyplot.close(figure)
+
+
+def test_the_block_that_is_drawn_has_several_ranks():
+    rows = [row("a", ranks=ranks, numel=numel) for ranks, numel in ((1, 9), (2, 9), (4, 5))]
+    assert plots.largest_block(rows) == rows[1:2]
+    assert plots.title(rows[1:]).endswith(" 2 ranks") and plots.title(rows).endswith(" 1 rank")
