@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -202,6 +205,15 @@ def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
     best = next(p for p in found["plans"] if p["recommended"])
     plan = zerolite.plan("gpt2-xl", world=8, stage=best["stage"], device="cuda", param_dtype=torch.bfloat16)
     assert best["bytes_peak"] == plan.bytes_peak and best["bytes_at_rest"] == plan.bytes_at_rest
+
+
+def test_the_command_line_ends_quietly_where_nobody_reads_on():
+    read, write = os.pipe()
+    os.close(read)  # as `zerolite plan ... | head` ends
+    command = [sys.executable, "-c", "import sys; from zerolite.cli import main; sys.exit(main())", "plan", "--params", "1e9"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_line_says_what_is_wrong(capsys):

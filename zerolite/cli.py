@@ -57,7 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--json", action="store_true", help="the same as JSON")
     args = parser.parse_args(given)
     try:
-        return _plan(args)
+        code = _plan(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough; what is left would raise again as Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, ImportError, OSError) as error:
         print(f"zerolite plan: {error}", file=sys.stderr)
         return 2
