@@ -313,6 +313,11 @@ class Plan:
         lines.append(f"peak of a step: {rank} a rank; {self.host_peak:,} of host memory for {self.setting.here} rank(s) a host")
         return "\n".join(lines + self.notes)
 
+    def changes(self, other: Plan) -> int:
+        """How many of stage, offload and (with the same offload) the gradients' home another plan changes."""
+        same = self.offload == other.offload
+        return (self.stage != other.stage) + (not same) + (same and self.grads.home != other.grads.home)
+
     @property
     def label(self) -> str:
         """Stage and offload in words."""

@@ -252,9 +252,7 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
     for doubling in range(9):  # more ranks only where these do not do
         world = question.world << doubling
         for other in question.alternatives(ways, limits, found, world):
-            same = other.plan.offload == plan.offload
-            changed = (other.plan.stage != plan.stage) + (not same) + (other.moments != asked.moments) + doubling
-            changed += same and other.plan.grads.home != plan.grads.home
+            changed = plan.changes(other.plan) + (other.moments != asked.moments) + doubling
             if not other.missing:
                 more = f" with {world} ranks" if doubling else ""
                 near.append(((changed, other.seconds), f"{other.label}{more}"))
