@@ -6,6 +6,7 @@ names the stages; offload is the `home` of a placement. This is the only file th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -104,7 +105,7 @@ class Plan:
 
     # ---- a step's peak
 
-    @property
+    @functools.cached_property
     def terms(self) -> list[Term]:
         """Every use of memory, at rest and within a step."""
         found = [self._params()]
