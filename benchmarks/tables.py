@@ -213,7 +213,7 @@ def scale(rows: list[Row]) -> str:
     text = "## Scale\n\n"
     checked = [row for row in rows if row["kind"] == "calibration"]
     if checked:
-        body = [[r["model"], r.get("cpu", r["conditions"]["cpu"]), r["system"]] for r in checked]
+        body = [[r["model"], r["cpu"], r["system"]] for r in checked]
         for line, r in zip(body, checked, strict=True):
             line += [f"{r['ranks']} from {', '.join(map(str, r['known']))}"]
             line += [f"{r['measured']['step'] * 1e3:.0f}", f"{r['predicted']['step'] * 1e3:.0f}"]

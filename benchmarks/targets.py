@@ -54,7 +54,7 @@ def of_steps(rows: list[Row]) -> list[Target]:
     """Targets of the rows of one model at one world size; offload and rounded moments are compared alike."""
     found: list[Target] = []
     rows = [row for row in rows if row["benchmark"] == "step"]
-    ddp = best(rows, "overhead", "DDP")
+    ddp, quiet = best(rows, "overhead", "DDP"), not disturbed(rows)
     for row in rows:
         name, stage = row["system"], stage_of(row["system"])
         if not name.startswith("zerolite") or stage is None:
@@ -65,7 +65,7 @@ def of_steps(rows: list[Row]) -> list[Target]:
             ("first", best(rows, "first", "DeepSpeed", stage), FIRST),
         ]
         for metric, peer, bound in pairs:
-            if peer is not None and stage > 0 and not (metric == "overhead" and disturbed(rows)):
+            if peer is not None and stage > 0 and (quiet or metric != "overhead"):
                 found.append(Target(name, metric, peer, bound, row[metric] / peer[metric]))
     return found
 
