@@ -242,7 +242,9 @@ def save(path: Path, step: int, parts: Parts) -> None:
     if rank_and_size()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         states = {"optimizer": parts.optimizer.state_dict(), "scheduler": parts.scheduler.state_dict()}
-        torch.save({"step": step, "model": weights, **states}, path)
+        beside = path.with_name(path.name + ".new")  # a kill or a full disk leaves the checkpoint before
+        torch.save({"step": step, "model": weights, **states}, beside)
+        beside.replace(path)
 
 
 def resume(path: Path, parts: Parts) -> int:

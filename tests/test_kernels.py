@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -456,15 +457,43 @@ def test_threads_follow_the_cores_of_the_ranks_here(monkeypatch):
     found = python(code, OMP_NUM_THREADS="1", WORLD_SIZE="1").stdout.split()
     assert found[0] == found[1] and int(found[1]) >= 1
     assert python(code, ZEROLITE_THREADS="3", WORLD_SIZE="1").stdout.split()[0] == "3"
+    assert python(code, LOCAL_WORLD_SIZE="1000", WORLD_SIZE="1").stdout.split()[0] == "1"  # others are in other groups
     assert "ZEROLITE_THREADS: expected a number" in python(code, ZEROLITE_THREADS="all").stderr
 
 
 @pytest.mark.parametrize("text,cores", [("max 100000", 8), ("150000 100000", 2), ("800000 100000", 8), ("garbage", 8)])
 def test_cores_follow_the_cgroup(tmp_path, monkeypatch, text, cores):
     (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(host, "_CGROUP", (tmp_path / "cpu.max", tmp_path / "none"))
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert host.usable_cores() == cores
+
+
+def test_nested_groups_limit_too(tmp_path, monkeypatch):
+    """A process without a cgroup namespace: its own groups are known by their paths alone."""
+    lines = Path("/proc/self/cgroup")
+    read = Path.read_text
+    groups = "5:cpu,cpuacct:/job\n4:memory:/batch/job_1\n0::/slice/job"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a: groups if self == lines else read(self, *a))
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    free, _ = host.usable_memory()
+    for folder, files in {
+        "slice": {
+            "memory.max": "5000000",
+            "memory.current": "4000000",
+            "memory.stat": "inactive_file 500000",
+            "cpu.max": "max 1",
+        },
+        "slice/job": {"memory.max": "max", "cpu.max": "1200000 100000"},
+        "memory/batch/job_1": {"memory.limit_in_bytes": "3000000", "memory.usage_in_bytes": "100000", "memory.stat": "cache 1"},
+        "cpu/job": {"cpu.cfs_quota_us": "700000", "cpu.cfs_period_us": "100000"},
+    }.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text + "\n")
+    assert free > 5000000 and host.usable_memory() == (1500000, 3000000)
+    assert host.usable_cores() == 7
 
 
 def test_import_has_no_side_effects():

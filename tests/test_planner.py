@@ -13,6 +13,7 @@ import torch
 from models import Net, seeded, train_on
 from models import Run as R
 from ranks import on_threads
+from torch import nn
 
 import zerolite
 from zerolite import auto, cli, rates
@@ -205,6 +206,16 @@ def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
     best = next(p for p in found["plans"] if p["recommended"])
     plan = zerolite.plan("gpt2-xl", world=8, stage=best["stage"], device="cuda", param_dtype=torch.bfloat16)
     assert best["bytes_peak"] == plan.bytes_peak and best["bytes_at_rest"] == plan.bytes_at_rest
+
+
+def test_the_line_to_add_has_the_bucket_size_and_odd_dtypes_are_named(capsys):
+    options = ["plan", "gpt2", "--world", "2", "--host-mem", "64G"]
+    assert cli.main(options) == 0
+    assert "bucket_mb" not in capsys.readouterr().out
+    assert cli.main([*options, "--bucket-mb", "2.5"]) == 0
+    assert "param_dtype=torch.bfloat16, bucket_mb=2.5)" in capsys.readouterr().out
+    with pytest.raises(TypeError, match=r"parameter 'weight': expected float32, bfloat16 or float16, got torch.float64"):
+        zerolite.plan(nn.Linear(2, 2, dtype=torch.float64))
 
 
 def test_the_command_line_ends_quietly_where_nobody_reads_on():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import signal
@@ -473,30 +474,30 @@ def test_a_write_to_a_shared_parameter_stays_with_its_rank(stage):
         assert torch.equal(master, torch.full((13,), 2.0)) and scale_master == 2.0
 
 
-def no_proc_access(rank):
-    import logging
-
-    import zerolite.comm.shared as shared
-
+def refused(rank, what):
+    """A step where one rank is refused something that sharing needs."""
     seen = []
     logging.getLogger("zerolite").addHandler(
         type("H", (logging.Handler,), {"emit": lambda self, r: seen.append(r.getMessage())})()
     )
-    if rank == 1:
+    if what == "memfd_create" if rank == 0 else what != "memfd_create":
+        allowed = getattr(os, what)
+        paths = what == "open"
 
         def denied(*args, **kwargs):
-            args[2]((0, 0, 0))
-            args[2](None)
+            if paths and not str(args[0]).startswith("/proc/"):
+                return allowed(*args, **kwargs)
             raise PermissionError("no access")
 
-        shared.Segment = denied
+        setattr(os, what, denied)
     result = train(None, rank, Run(stage=2, steps=2))
     return result["losses"], seen
 
 
-def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once():
+@pytest.mark.parametrize("what", ["open", "memfd_create", "pidfd_open"])
+def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once(what):
     plain = on_processes(2, train_processes, [Run(stage=2, steps=2)], env=GROUP)
-    for rank, (losses, seen) in enumerate(on_processes(2, no_proc_access)):
+    for rank, (losses, seen) in enumerate(on_processes(2, refused, what)):
         assert losses == plain[rank][0]["losses"]
         assert len(seen) == (1 if rank == 0 else 0) and all("cannot share memory (PermissionError" in text for text in seen)
 

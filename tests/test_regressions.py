@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import Net, Run, loss_of, make, seeded, tokens_for
@@ -449,3 +451,190 @@ def test_setting_up_looks_at_each_name_once():
     model.requires_grad_(True)
     sgd(model, 2)
     assert seen[0] < 20 * count
+
+
+# ---- checkpoints
+
+
+@stages
+def test_whole_states_of_parameters_in_another_order_of_memory(stage):
+    """channels_last and transposed parameters, which show other strides while they are released."""
+
+    def model_of():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4)).to(memory_format=torch.channels_last)
+        model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
+        return model
+
+    def train(model, optimizer):
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(2, 3, 3, 3, generator=generator)).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    plain_model = seeded(model_of)
+    plain = torch.optim.AdamW(plain_model.parameters())
+    train(plain_model, plain)
+    model = seeded(model_of)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, process_group=LocalComm())
+    train(model, optimizer)
+    optimizer.consolidate_state_dict()
+    saved = optimizer.state_dict()["state"]
+    for index, state in plain.state_dict()["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(saved[index][name], state[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_meta_model_with_parameters_in_another_order_of_memory(stage):
+    class Diagonal(nn.Conv2d):
+        def reset_parameters(self):
+            nn.init.dirac_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    with zerolite.meta_init():
+        model = nn.Sequential(Diagonal(3, 8, 3)).to(memory_format=torch.channels_last)
+    optimizer = sgd(model, stage)
+    with optimizer.full_params():
+        assert torch.equal(model[0].weight, nn.init.dirac_(torch.empty(8, 3, 3, 3)))
+
+
+def test_deep_copies_inside_meta_init_keep_how_they_begin():
+    def fill(module):
+        with torch.no_grad():
+            for p in module._parameters.values():
+                if p is not None:
+                    p.fill_(3.0)
+
+    with zerolite.meta_init(init=fill):
+        layer = nn.TransformerEncoderLayer(8, 2, 16)
+        model = nn.TransformerEncoder(layer, 3)
+    sgd(model, 2)
+    assert all(bool((p == 3.0).all()) for p in model.parameters())
+    with zerolite.meta_init(init=False):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3)
+    sgd(model, 2)
+    assert all(bool(p.isnan().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_state_that_was_made_when_the_optimizer_was_built_is_saved(whole):
+    def build():
+        model = seeded(Branch)
+        inner = torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.5)
+        return model, zerolite.ZeroOptimizer(inner, model, process_group=LocalComm())
+
+    def step(model, optimizer, use_b):
+        model(torch.ones(2, 4), use_b).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = build()
+    step(model, optimizer, False)  # `b` has a state and no step yet
+    if whole:
+        optimizer.consolidate_state_dict()
+    saved = optimizer.state_dict()
+    other, again = build()
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(saved)
+    for pair in ((model, optimizer), (other, again)):
+        step(*pair, True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    if whole:
+        plain = torch.optim.Adagrad(model.parameters(), lr=0.1)
+        plain.load_state_dict(saved)
+        assert all("sum" in plain.state[p] for p in model.parameters())
+
+
+# ---- param groups
+
+
+@stages
+def test_parameters_that_leave_or_change_their_group(stage):
+    def run(optimize):
+        model = seeded(Branch)
+        groups = [{"params": [model.a.weight]}, {"params": [model.b.weight], "lr": 0.1}]
+        optimizer = optimize(torch.optim.AdamW(groups, lr=0.01), model)
+        for step in range(5):
+            model(torch.ones(2, 4), True).backward()
+            if step == 1:  # b's rate for a
+                optimizer.param_groups[0]["params"].pop()
+                optimizer.param_groups[1]["params"].append(model.a.weight)
+            if step == 2:  # a is not updated any more
+                optimizer.param_groups[1]["params"].pop()
+            if step == 4:  # and comes back
+                optimizer.param_groups[0]["params"].append(model.a.weight)
+            optimizer.step()
+            model.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    ours = run(lambda inner, model: zerolite.ZeroOptimizer(inner, model, stage=stage, process_group=LocalComm()))
+    plain = run(lambda inner, model: inner)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind():
+    model, optimizer = make(Run(stage=2), LocalComm())
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
+        optimizer.add_param_group({"params": [good, bad]})
+    (good.sum() + loss_of(model, tokens_for(0, 0, 0))).backward()
+    optimizer.step()
+    assert torch.equal(good, torch.ones(3)) and len(optimizer.param_groups) == 1
+
+
+# ---- full_params, copies
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_params_may_be_nested_and_refuse_a_step(stage):
+    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), LocalComm())
+    with optimizer.full_params():
+        with optimizer.full_params():
+            pass
+        assert not any(bool(p.isnan().any()) for p in model.parameters())
+        with torch.enable_grad():
+            loss_of(model, tokens_for(0, 0, 0)).backward()
+        before = optimizer.full_state()
+        with pytest.raises(RuntimeError, match=r"expected outside of `with optimizer\.full_params"):
+            optimizer.step()
+    optimizer.step()
+    assert before == {} and optimizer.full_state()
+
+
+def copied(rank):
+    model, optimizer = make(Run(stage=3), None)
+    with optimizer.full_params():
+        twin = copy.deepcopy(model)
+    if rank == 0:  # a model by itself, not a collective
+        with torch.no_grad():
+            twin(tokens_for(5, 0, 0))
+        loss_of(twin, tokens_for(5, 0, 0)).backward()
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+    return all(p.grad is None or type(p.grad) is torch.Tensor for p in twin.parameters())
+
+
+@pytest.mark.parametrize("env", [{}, {"ZEROLITE_SHARED": "0"}], ids=["shared", "gloo"])
+def test_a_deep_copy_of_the_model_is_a_model_by_itself(env):
+    assert on_processes(2, copied, env=env, timeout=15) == [True, True]
+
+
+def test_a_handle_that_is_used_up_cannot_be_copied():
+    model, optimizer = make(Run(stage=2), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    handle = model.norm.weight.grad
+    assert torch.equal(copy.deepcopy(handle), handle.clone())
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"that optimizer\.step\(\) used up"):
+        copy.deepcopy(handle)
+
+
+def test_a_norm_after_a_backward_that_brought_nothing_is_the_clipped_one():
+    model, _ = make(Run(stage=3), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    total = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    weights = torch.ones(2, 7, 31, requires_grad=True)
+    torch.autograd.grad((model(tokens_for(1, 0, 0)) * weights).sum(), weights)
+    assert total > 0.1 and nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() == pytest.approx(0.1, rel=1e-3)

@@ -33,7 +33,7 @@ def settle(
         left.remove("gradients")
     free, total = usable_memory()
     params = list(model.parameters()) if isinstance(model, nn.Module) else []
-    held = sum(p.numel() * p.element_size() for p in params if not p.is_meta)
+    held = sum(p.numel() * p.element_size() for p in params if not (p.is_meta or p.is_cuda))
     fast = linked(next((p.device for p in params if p.is_cuda), torch.device("cpu")), comm.size)
     facts = comm.share((host_identity(), free, total, held, fast), "set-up memory")
     outcome: tuple[str, Any, tuple[str, ...]] | None = None

@@ -104,10 +104,9 @@ class Bucket:
         self.params = [entry.param for entry in entries]
         self.rows = [entry.index for entry in entries]
         self.pending = self.published = None
-        self.places = (-1, [])
+        self.places, self.views = (-1, []), []
         self.stale = False
-        self.pool = None
-        self.state = None
+        self.pool = self.state = None
         self.grads = self.feed = None
         self.settle = None
         self.link = link
@@ -169,9 +168,10 @@ class Bucket:
         self._show(self.views)
 
     def _view(self, flat: Tensor, slot: int) -> Tensor:
-        """The view of `slot` with its parameter's shape and (dense) strides."""
+        """The view of `slot` with its parameter's shape and (dense) strides (a released one shows blanks of other strides)."""
         p, offset = self.entries[slot].param, self.layout.slots[slot].offset
-        return flat.as_strided(p.shape, dense_strides(p), flat.storage_offset() + offset)
+        strides = self.views[slot].stride() if self.views else dense_strides(p)
+        return flat.as_strided(p.shape, strides, flat.storage_offset() + offset)
 
     def _show(self, tensors: list[Tensor]) -> None:
         for param, tensor in zip(self.params, tensors, strict=True):

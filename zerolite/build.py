@@ -120,14 +120,15 @@ class Built:
         """Entries for the parameters of a new param group."""
         names = names_of(self.model, [])
         known = {entry.param: entry for entry in self.entries}
-        added: list[Entry] = []
-        for k, p in enumerate(group["params"]):
-            name = names.get(p, f"group {number} parameter {k}")
+        named = [(names.get(p, f"group {number} parameter {k}"), p) for k, p in enumerate(group["params"])]
+        for name, p in named:  # all of them before anything changes
             check_parameter(name, p, self.checked.device)
+            if p not in known and self.schedule is not None:
+                raise ValueError(f"parameter '{name}': expected a parameter of the model, got one that it does not have.")
+        added: list[Entry] = []
+        for name, p in named:
             entry = known.get(p)
             if entry is None:
-                if self.schedule is not None:
-                    raise ValueError(f"parameter '{name}': expected a parameter of the model, got one that it does not have.")
                 entry = self.grads.table.add(name, p, group)
                 self.entries.append(entry)
             entry.group = group
@@ -161,11 +162,16 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
 
 
 def _share_cores(hosts: list[tuple[str, int]]) -> None:
-    """Kernel threads: this process's part of the cores, whatever OMP_NUM_THREADS says; the user's setting wins."""
+    """Kernel threads: this process's part of the cores, whatever OMP_NUM_THREADS says; the user's setting wins.
+
+    torchrun tells of processes of this host that are in other process groups.
+    """
     host, _ = host_identity()
-    here = {process for other, process in hosts if other == host}
+    here = len({process for other, process in hosts if other == host})
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = max(here, int(told) if told.isdigit() else 1)
     if "ZEROLITE_THREADS" not in os.environ:
-        set_threads(max(usable_cores() // len(here), 1))
+        set_threads(max(usable_cores() // here, 1))
 
 
 def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:
@@ -194,7 +200,7 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     copy_the_rest(entries, checked.dtype, model, comm)
     _train([b for b in buckets if any(e.param.requires_grad for e in b.entries)], checked, reducer, staging)
     built: Built
-    schedule = Schedule(units, lambda: reducer.active, reducer.enter) if plan.params.sharded else None
+    schedule = Schedule(units, lambda: reducer.active, reducer.enter, reducer.over) if plan.params.sharded else None
     on_collected: Callable[[Entry], None] | None = None
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
@@ -252,8 +258,10 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer, staging: S
 def _listen(built: Built, entry: Entry) -> None:
     """The handle and the hook of a trained parameter."""
     built.grads.make_handle(entry)
-    if entry.param.requires_grad:
-        built.hooks.on_gradient(entry, built.grads)
+    wanted = entry.param.requires_grad  # a hook stays while it changes, but cannot be registered without
+    entry.param.requires_grad_(True)
+    built.hooks.on_gradient(entry, built.grads)
+    entry.param.requires_grad_(wanted)
 
 
 def _wait_in(built: Built, model: nn.Module) -> None:

@@ -49,9 +49,10 @@ def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket],
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
             index = positions.get(entry.param)
-            if index is None or entry.steps == 0:
+            values = read_piece(bucket, number, piece, entry)
+            if index is None or not _begun(entry, values):
                 continue
-            state[index] = {name: _copy(value) for name, value in read_piece(bucket, number, piece, entry).items()}
+            state[index] = {name: _copy(value) for name, value in values.items()}
             pieces[index] = [piece.start, piece.stop]
     about = {"format": FORMAT, "rank": comm.rank, "ranks": comm.size, "pieces": pieces, "steps": _steps(positions, buckets)}
     return {"state": state, "param_groups": packed_groups(groups), "zerolite": about}
@@ -65,7 +66,7 @@ def whole_state_dict(
     state: dict[int, dict[str, Any]] = {}
     for bucket in buckets:
         for entry, values in _whole_states(bucket, comm):
-            if keep and entry.param in positions and entry.steps > 0:
+            if keep and entry.param in positions and _begun(entry, values):
                 state[positions[entry.param]] = {name: _copy(value) for name, value in values.items()}
     if not keep:
         return None
@@ -78,7 +79,7 @@ def whole_states(buckets: Sequence[Bucket], comm: Comm) -> dict[str, dict[str, A
         entry.name: {name: _copy(value) for name, value in values.items()}
         for bucket in buckets
         for entry, values in _whole_states(bucket, comm)
-        if entry.steps > 0
+        if _begun(entry, values)
     }
 
 
@@ -102,6 +103,8 @@ def load_state(saved: dict[str, Any], groups: Sequence[dict[str, Any]], buckets:
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
             values = saved["state"].get(positions.get(entry.param))
+            if values is None and entry.steps == 0 and not _counted(bucket):
+                continue  # what the optimizer made when it was built, as Adagrad does
             if values is None:
                 values = {}
             elif about is None:
@@ -177,6 +180,16 @@ def _steps(positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> dict[int,
 
 def _step_of(values: dict[str, Any]) -> int:
     return int(values.get("step", 1))
+
+
+def _counted(bucket: Bucket) -> bool:
+    assert bucket.state is not None
+    return bucket.state.counted
+
+
+def _begun(entry: Entry, values: dict[str, Any]) -> bool:
+    """Whether there is a state to save: after a step, or where the optimizer made one when it was built."""
+    return entry.steps > 0 or (entry.bucket is not None and not _counted(entry.bucket) and not values.keys() <= {"master"})
 
 
 def _copy(value: Any) -> Any:

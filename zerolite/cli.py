@@ -173,7 +173,7 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
         return "\n".join(
             [*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller; smaller batches, the activations."]
         )
-    return "\n".join([*lines, "", *_details(best), "", _line_to_add(best, question.options["param_dtype"])])
+    return "\n".join([*lines, "", *_details(best), "", _line_to_add(best, question.options)])
 
 
 def _details(best: Candidate) -> list[str]:
@@ -185,9 +185,11 @@ def _details(best: Candidate) -> list[str]:
     return lines
 
 
-def _line_to_add(best: Candidate, dtype: torch.dtype) -> str:
+def _line_to_add(best: Candidate, options: dict[str, Any]) -> str:
+    dtype, bucket_mb = options["param_dtype"], options["bucket_mb"]
     label = best.label.replace("stage ", "stage=", 1)  # the options as they are written
-    return f"optimizer = zerolite.ZeroOptimizer(optimizer, model, {label}, param_dtype={dtype})"
+    size = "" if bucket_mb == DEFAULT_BUCKET_MB else f", bucket_mb={bucket_mb:g}"
+    return f"optimizer = zerolite.ZeroOptimizer(optimizer, model, {label}, param_dtype={dtype}{size})"
 
 
 def _json(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> dict[str, Any]:

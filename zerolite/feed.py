@@ -66,8 +66,9 @@ class Feed:
 
     def _ask(self, work: Pass, start: int, stop: int) -> None:
         """Asks for a chunk whose turn is next; another one that was asked for is left."""
-        if work.sources:  # else it was updated elsewhere meanwhile
-            self.ahead = (work, start, *self._down(work.sources[0], work, start, stop))
+        sources = work.sources  # another thread may update it, and take them away, meanwhile
+        if sources:
+            self.ahead = (work, start, *self._down(sources[0], work, start, stop))
 
     def _bring(self, work: Pass, start: int, stop: int) -> tuple[Tensor, Mark]:
         ahead, self.ahead = self.ahead, None

@@ -52,6 +52,9 @@ class Grads:
         self._ready: dict[float, dict[int, Tensor]] = {}  # norms as tensors, by position, until they are asked for
         self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
+        # What has to be alike on all ranks when a step begins, as `reducer.agree` sees to:
+        self._rounds = 0  # synchronised backwards since all gradients were cleared or used up
+        self._dropped: list[int] = []  # whose gradients were dropped or zeroed since then
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -68,12 +71,20 @@ class Grads:
     # ---- backward
 
     def fold(self) -> None:
-        """A backward begins after gradients were clipped or unscaled: what is there keeps its factor."""
+        """A backward begins after others: what was set to None since is dropped, and what was clipped or unscaled keeps its
+        factor."""
+        if max(self.table.state) >= 0:
+            with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
+                gone = list(map(is_, map(_grad, self.table.params), repeat(None)))
+            for entry in compress(self.entries, gone):
+                if entry.live:
+                    self.drop(entry)
         if self.table.plain:
             return
         scaled = [entry for entry in self.entries if entry.factor != 1.0 and entry.live]
         if scaled:
             self.reducer.flush()
+            self.reducer.version += 1
         for entry in scaled:
             grads_of(entry.bucket).multiply(entry.slot, entry.factor)
         self.table.factors[:] = [1.0] * len(self.entries)
@@ -89,11 +100,13 @@ class Grads:
         everything = state.count(self.reducer.task) == len(state)  # came in this backward
         ours = [True] * len(state) if everything else list(map(is_not, map(_grad, params), repeat(None)))
         present = self.reducer.union(ours, "step backward")
+        self._rounds += 1
         late: list[Entry] = []
         if self.table.trained < len(self.entries):
             late = [e for e in self.entries if e.handle is None and present[e.index]]
         if late:
             self.adopt(late)
+            self.reducer.open = True  # on ranks that do not use them too
         for entry in self.entries if late or present is not ours else []:
             if not present[entry.index]:
                 continue
@@ -235,6 +248,7 @@ class Grads:
     def drop(self, entry: Entry) -> None:
         """Forgets what was collected for one parameter."""
         grads_of(entry.bucket).discard(entry.slot)
+        self._dropped.append(entry.index)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -270,7 +284,7 @@ class Grads:
         """What takes part in the step, the same on every rank (a collective); see Reducer.agree for what raises."""
         present, replaced = self.scan()
         self._ours = present
-        present = self.reducer.agree(self.entries, present, replaced)
+        present = self.reducer.agree(self.entries, present, replaced, self._rounds, sorted(self._dropped))
         if self.table.trained == len(self.entries):
             return present
         late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
@@ -279,7 +293,7 @@ class Grads:
             for entry in late:
                 if entry.param.grad is not None:
                     self.assign(entry, entry.param.grad)
-            self.reducer.agree(self.entries, present, [])
+            self.reducer.agree(self.entries, present, [], self._rounds, [])
         return present
 
     def assign(self, entry: Entry, grad: Tensor) -> None:
@@ -298,12 +312,17 @@ class Grads:
         self.table.clear(USED)
         for index in rest:
             self.table.state[index] = NONE
+        self._reset()
+
+    def _reset(self) -> None:
         self.reducer.reset()
+        self._rounds = 0
+        self._dropped.clear()
 
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""
         table = self.table
-        self.reducer.reset()
+        self._reset()
         table.clear()
         if set_to_none:
             _nothing.extend(map(setattr, table.params, repeat("grad"), repeat(None)))

@@ -42,32 +42,36 @@ class Hooks:
         hook = functools.partial(self.listeners[entry.bucket], entry.slot)
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 
+    def before(self, module: nn.Module, call: Callable[..., None], **options: Any) -> None:
+        """call(module, args, ...) before the forward of `module`, before other hooks."""
+        self.handles.append(module.register_forward_pre_hook(_of(module, call), prepend=True, **options))
+
+    def after(self, module: nn.Module, call: Callable[..., None], **options: Any) -> None:
+        """call(module, args, ..., output) after the forward of `module`."""
+        self.handles.append(module.register_forward_hook(_of(module, call), **options))
+
     def on_model(self, model: nn.Module, schedule: Schedule) -> None:
         """The forward of the whole model: begin and end."""
-        begin = torch._dynamo.disable(lambda *_: schedule.begin())
-        end = torch._dynamo.disable(lambda *_: schedule.end(torch.is_grad_enabled()))
-        self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
-        self.handles.append(model.register_forward_hook(end))
+        self.before(model, lambda *_: schedule.begin())
+        self.after(model, lambda *_: schedule.end(torch.is_grad_enabled()))
 
     def on_use(self, module: nn.Module, buckets: list[Bucket]) -> None:
         """Before a module with parameters of its own runs it waits for their buckets, for what would read them behind torch's
         back. The hook refers weakly: a model that outlives its optimizer keeps no states."""
         known = [weakref.ref(bucket) for bucket in buckets]
 
-        def before(module: nn.Module, args: Any) -> None:
+        def wait(module: nn.Module, args: Any) -> None:
             for reference in known:
                 bucket = reference()
                 if bucket is not None:
                     bucket.wait()
 
-        self.handles.append(module.register_forward_pre_hook(before, prepend=True))
+        self.handles.append(module.register_forward_pre_hook(wait, prepend=True))
 
     def on_forward(self, model: nn.Module, note: Callable[[str, str], None]) -> None:
         """note("forward", "begin" or "end") around the forward of the whole model, also where it raises."""
-        begin = torch._dynamo.disable(lambda *_: note("forward", "begin"))
-        end = torch._dynamo.disable(lambda *_: note("forward", "end"))
-        self.handles.append(model.register_forward_pre_hook(begin, prepend=True))
-        self.handles.append(model.register_forward_hook(end, always_call=True))
+        self.before(model, lambda *_: note("forward", "begin"))
+        self.after(model, lambda *_: note("forward", "end"), always_call=True)
 
     def on_unit(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """One unit: gather before, release after, and the same in the backward."""
@@ -84,8 +88,8 @@ class Hooks:
             self.on_backward(unit, schedule, output, came)
             schedule.leave(unit, torch.is_grad_enabled())
 
-        self.handles.append(module.register_forward_pre_hook(torch._dynamo.disable(before), prepend=True, with_kwargs=True))
-        self.handles.append(module.register_forward_hook(torch._dynamo.disable(after), with_kwargs=True))
+        self.before(module, before, with_kwargs=True)
+        self.after(module, after, with_kwargs=True)
 
     def on_backward(self, unit: Unit, schedule: Schedule, output: Any, inputs: list[Tensor]) -> None:
         """One call of a unit in the backward (these hooks go with the graph)."""
@@ -110,9 +114,8 @@ class Hooks:
             if not unit.calls and not unit.reached:
                 self.on_backward(unit, schedule, output, [])
 
-        ensure = torch._dynamo.disable(lambda *_: schedule.ensure(unit))
-        self.handles.append(module.register_forward_pre_hook(ensure, prepend=True))
-        self.handles.append(module.register_forward_hook(torch._dynamo.disable(after)))
+        self.before(module, lambda *_: schedule.ensure(unit))
+        self.after(module, after)
 
     def on_state_dict(self, module: nn.Module, fill: Callable[[nn.Module, dict[str, Any], str], None]) -> None:
         """fill(module, state_dict, prefix) after a module has put its entries into a state dict."""
@@ -160,6 +163,17 @@ def listen(bucket: Bucket, grads: Grads) -> Callable[[int, Tensor], None]:
     return hook
 
 
+def _of(module: nn.Module, call: Callable[..., None]) -> Callable[..., None]:
+    """`call` as a hook of this module alone: a deep copy has the same hooks, and would gather the original."""
+    own = weakref.ref(module)
+
+    def hook(called: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if called is own():
+            call(called, *args, **kwargs)
+
+    return torch._dynamo.disable(hook)
+
+
 class _Call:
     """One forward call of a unit, as its backward sees it.
 
@@ -172,6 +186,11 @@ class _Call:
         self.inputs = inputs
         self.left = 0  # inputs whose gradient is still to come in this backward
         self.task = -1  # the backward that has reached an output
+        unit.runs.add(self)
+
+    def over(self, task: int) -> bool:
+        """Whether this backward has come through, as far as its inputs' gradients tell."""
+        return self.task == task and self.inputs > 0 and self.left == 0
 
     def reach(self, _: Any) -> None:
         task = torch._C._current_graph_task_id()

@@ -8,7 +8,22 @@ import os
 import socket
 from pathlib import Path
 
-_CGROUP = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of the control groups that this process is in, the innermost first: of version 2, then of version 1. Every one
+    limits it; a process without a cgroup namespace (of a batch system, say) sees its own only by its path."""
+    folders: dict[Path, None] = {}
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    for names, path in sorted(line.split(":", 2)[1:] for line in lines):
+        if not names or controller in names.split(","):
+            base = _CGROUPS / controller if names else _CGROUPS
+            inner = base / path.lstrip("/")
+            folders.update(dict.fromkeys(p for p in (inner, *inner.parents) if p.is_relative_to(base)))
+    return [*folders, _CGROUPS, _CGROUPS / controller]
 
 
 def usable_cores() -> int:
@@ -18,15 +33,16 @@ def usable_cores() -> int:
 
 
 def _quota(cores: int) -> int:
-    unified, legacy = _CGROUP
-    try:
-        if unified.exists():
-            quota, period = unified.read_text().split()
-        else:
-            quota, period = legacy.read_text().strip(), legacy.with_name("cpu.cfs_period_us").read_text().strip()
-        return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return cores
+    for folder in _groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such group
+            unified = folder / "cpu.max"
+            if unified.exists():
+                quota, period = unified.read_text().split()
+            else:
+                quota, period = (folder / "cpu.cfs_quota_us").read_text(), (folder / "cpu.cfs_period_us").read_text()
+            if int(quota) > 0:
+                cores = min(cores, -(-int(quota) // int(period)))
+    return cores
 
 
 def usable_memory() -> tuple[int, int]:
@@ -38,16 +54,13 @@ def usable_memory() -> tuple[int, int]:
             values[name] = int(value.split()[0]) << 10
     total = values.get("MemTotal", 1 << 62)
     free = values.get("MemAvailable", total)
-    root = Path("/sys/fs/cgroup")
-    for limit, usage, stat in (
-        (root / "memory.max", root / "memory.current", root / "memory.stat"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes", root / "memory/memory.stat"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max", or no such cgroup: the host's
-            most = int(limit.read_text())
-            cache = dict(line.split() for line in stat.read_text().splitlines())
-            used = int(usage.read_text()) - int(cache.get("inactive_file", 0))
-            total, free = min(total, most), min(free, max(most - used, 0))
+    for folder in _groups("memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # "max", or no such group: the host's
+                most = int((folder / limit).read_text())
+                cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(cache.get("inactive_file", 0))
+                total, free = min(total, most), min(free, max(most - used, 0))
     return free, total
 
 

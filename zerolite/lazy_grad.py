@@ -35,7 +35,6 @@ _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the o
 class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
 
-    def arrive(self, entry: Entry, grad: Tensor) -> None: ...
     def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None: ...
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
     def scale(self, handle: LazyGrad, by: object) -> bool: ...
@@ -92,7 +91,7 @@ class LazyGrad(Tensor):
         raise TypeError(f"p.grad of '{self.entry.name}' is a handle and cannot be pickled. Pickle p.grad.clone().")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.source.read(self.entry)
+        return self.clone()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,6 +9,7 @@ that contains it, or its own `reset_parameters`.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) 
             meta.__dict__.update(param.__dict__)
             made[param] = meta
         param = param if param.is_meta else made[param]
-        param.zerolite_init = _inside.init  # type: ignore[union-attr]
+        module.__dict__["zerolite_init"] = _inside.init  # of the module: deep copies keep no attributes of parameters
     _register(module, name, param)
 
 
@@ -76,9 +77,9 @@ def _reset_of(module: nn.Module) -> Callable[[], None] | None:
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
-def wants_values(p: Tensor) -> bool:
-    """Whether a meta parameter is to be initialised (else it is NaN until it is loaded)."""
-    return getattr(p, "zerolite_init", True) is not False
+def init_of(module: nn.Module) -> Init:
+    """What meta_init was told for a module."""
+    return module.__dict__.get("zerolite_init", True)  # type: ignore[no-any-return]
 
 
 def make_real(p: nn.Parameter, data: Tensor) -> None:
@@ -111,10 +112,9 @@ class Recipes:
 
     def of(self, module: nn.Module) -> Callable[[], None] | None:
         """Fills the module's own parameters and buffers; None: nobody knows how."""
-        for p in module._parameters.values():
-            init = getattr(p, "zerolite_init", True)
-            if p is not None and init is not True and init is not False:
-                return lambda: init(module)
+        init = init_of(module)
+        if not isinstance(init, bool):
+            return functools.partial(init, module)
         reset = _reset_of(module)
         owner = self._pretrained.get(module)
         if owner is None:
@@ -139,7 +139,7 @@ class Recipes:
             prefix = f"{path}." if path else ""
             recipe = self.of(module)
             for name, p in module._parameters.items():
-                if p is not None and p.is_meta and wants_values(p) and recipe is None:
+                if p is not None and p.is_meta and init_of(module) is not False and recipe is None:
                     raise ValueError(
                         f"parameter '{prefix}{name}': expected a way to initialise it off the meta device, got none in "
                         f"{type(module).__name__}. Give the module a reset_parameters(), or build the model under "

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import compress
-from operator import add
+from itertools import compress, repeat
+from operator import add, and_, is_not
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from zerolite import checkpoint
 from zerolite.auto import settle
 from zerolite.bucket import Bucket, Entry
 from zerolite.build import Built, build, late_buckets
-from zerolite.comm import Comm
-from zerolite.comm.group import GroupComm
-from zerolite.comm.local import LocalComm
+from zerolite.comm.group import make_comm
 from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
@@ -102,6 +98,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._built = built
         self.skipped_steps = 0
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
+        self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
+        self._inside = False  # of full_params()
         if optimizer.state:
             self._load(optimizer.state_dict())
             optimizer.state.clear()
@@ -113,8 +111,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         A step whose gradients are not finite on any rank changes nothing on all ranks and counts in
         `skipped_steps`. Raises RankError where ranks took different paths, RuntimeError where gradients were used
-        up or a parameter was replaced.
+        up or a parameter was replaced, or inside full_params().
         """
+        if self._inside:
+            raise RuntimeError(
+                "step(): expected outside of `with optimizer.full_params()`, got inside, where what parameters hold counts as "
+                "written by the script. Leave the block first."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,7 +143,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._skip()
         elif used:
             self._update(present)
-            table.steps[:] = map(add, table.steps, present)
+            table.steps[:] = map(add, table.steps, map(and_, present, map(is_not, table.groups, repeat(None))))
         built.grads.use_up()
         built.updates.finish()
         self._whole = None
@@ -158,9 +161,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
-        known = self._parts.params
+        known, table = self._parts.params, self._parts.grads.table
         for group in self.param_groups:
             self._parts.rule.check(group)
+        grouped = [[id(group), *map(id, group["params"])] for group in self.param_groups]
+        if grouped == self._grouped:
+            return
+        for group in self.param_groups:
             if known.issuperset(map(id, group["params"])):
                 continue
             p = next(p for p in group["params"] if id(p) not in known)
@@ -168,6 +175,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(p.shape)} was added to the wrapped optimizer. Call add_param_group of the "
                 "ZeroOptimizer instead."
             )
+        table.groups[:] = [None] * len(table.groups)  # what is in no group any more is not updated, as in torch
+        for group in self.param_groups:
+            for p in group["params"]:
+                table.groups[table.numbers[id(p)]] = group
+        self._grouped = grouped
 
     def _skip(self) -> None:
         self.skipped_steps += 1
@@ -204,10 +216,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def full_params(self) -> Any:
-        """Parameters whole on every rank inside (a collective); what every rank writes to them is kept."""
+        """Parameters whole on every rank inside (a collective); what every rank writes to them is kept. No step() inside."""
         schedule = self._settled.schedule
-        with torch.no_grad(), full_params(schedule) if schedule is not None else kept_writes(self._trained):
-            yield
+        if self._inside:  # the outer one does it
+            with torch.no_grad():
+                yield
+            return
+        self._inside = True
+        try:
+            with torch.no_grad(), full_params(schedule) if schedule is not None else kept_writes(self._trained):
+                yield
+        finally:
+            self._inside = False
 
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
@@ -377,20 +397,3 @@ def _targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
     if group is not None:
         targets.append(Target(first, start, end, group, steps + 1, factor))
     return targets
-
-
-def make_comm(process_group: Any) -> Comm:
-    """The communication of a group: the given one, the default one, or a world of one."""
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup) and hasattr(process_group, "exchange"):
-        return process_group  # a Comm of its own (tests)
-    if dist.is_available() and dist.is_initialized():
-        if dist.get_world_size(process_group) < 2:
-            return LocalComm()  # nothing moves, and nothing is copied as if it did
-        return GroupComm(process_group)
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if process_group is not None or ranks != "1":
-        raise RuntimeError(
-            f"expected an initialised process group, got none (WORLD_SIZE={ranks}). Call "
-            'torch.distributed.init_process_group("gloo") before ZeroOptimizer is built.'
-        )
-    return LocalComm()

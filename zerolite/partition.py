@@ -147,6 +147,15 @@ def beside(
     return total + sum(b.numel() * b.element_size() for b in (model.buffers() if model is not None else []))
 
 
+def check_dtype(name: str, p: Tensor) -> None:
+    """Raises TypeError for a dtype that is not trained."""
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
+            "optimizer's param groups."
+        )
+
+
 def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool = False) -> None:
     """Raises TypeError or ValueError for a parameter that cannot be partitioned.
 
@@ -157,11 +166,7 @@ def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool =
             f"parameter '{name}': expected a plain parameter, got a DTensor, which FSDP or tensor parallelism has sharded "
             "already. Use the plain model and let zerolite shard it."
         )
-    if p.dtype not in DTYPES:
-        raise TypeError(
-            f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
-            "optimizer's param groups."
-        )
+    check_dtype(name, p)
     if p.is_meta and fillable:
         return
     if p.is_meta:

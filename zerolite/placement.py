@@ -90,11 +90,6 @@ class Plan:
         return {term: self.at_rest(term) for term in TERMS}
 
     @property
-    def master_bytes(self) -> int:
-        """Of the states of one rank, what completes parameters to fp32: int16 remainder or fp32 master."""
-        return sum(self._range(row) * row.widths.rest for row in self.trained)
-
-    @property
     def trained(self) -> list[Row]:
         """Buckets with gradients and states."""
         return [row for row in self.rows if row.trained]

@@ -18,7 +18,7 @@ from zerolite.cost import seconds, show_ms
 from zerolite.dtypes import rest_dtype
 from zerolite.moments import MOMENTS
 from zerolite.options import Keeper, check_gradients, feed_size, is_auto
-from zerolite.partition import DTYPES, UnitSpec, beside, check_model, cut_buckets, find_units, names_of
+from zerolite.partition import DTYPES, UnitSpec, beside, check_dtype, check_model, cut_buckets, find_units, names_of
 from zerolite.placement import Plan, Row, Setting, Widths, choices, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
@@ -84,6 +84,9 @@ class Question:
         """Unit and specification of each bucket."""
         key = (sharded, world)
         if key not in self._cuts:
+            for name, p in self.params:
+                if p.requires_grad:
+                    check_dtype(name, p)
             units = [UnitSpec("bucket", None, [(name, p) for name, p in self.params if p.requires_grad])]
             limit = max(int(self.options["bucket_mb"] * 2**20), 1)
             if sharded and self.model is not None:

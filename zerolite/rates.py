@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -90,7 +91,10 @@ def _load() -> float:
 
 def cache_path() -> Path:
     """The cache file of this host, processor and version."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        root = Path(tempfile.gettempdir())
     key = [
         socket.gethostname(),
         platform.machine(),

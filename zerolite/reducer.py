@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Reducer:
             call()
         if self.sync and self.open:
             self._send()
+            for bucket in self.order:  # what is read only as the next round is packed, which a rank may never do
+                grads_of(bucket).finish()
         if self.sync and self.local:
             self._widen()
         for bucket in self.order:
@@ -124,13 +126,21 @@ class Reducer:
         if grads_of(bucket).filled():
             self._advance()
 
-    def _advance(self) -> None:
-        """Sends complete buckets while they are next in order, where gradients rest sharded; the one sent before is averaged
-        meanwhile, and what is there at once at once."""
+    def over(self, buckets: list[Bucket]) -> None:
+        """No more gradients of these come in this backward: they go out in their turn, complete or not, at a moment that is
+        the same on ranks that used all of their parameters and on ranks that did not."""
+        if self.active and self.sync:
+            self._advance({id(bucket) for bucket in buckets})
+
+    def _advance(self, over: Collection[int] = ()) -> None:
+        """Sends complete buckets (and those that are `over`) while they are next in order, where gradients rest sharded; the
+        one sent before is averaged meanwhile, and what is there at once at once."""
         if not self.plan.grads.sharded:
             return
-        while self.next < len(self.order) and grads_of(self.order[self.next]).complete:
+        while self.next < len(self.order):
             grads = grads_of(self.order[self.next])
+            if not (grads.complete or id(self.order[self.next]) in over):
+                return
             grads.start()
             if self.next > 0:
                 grads_of(self.order[self.next - 1]).finish()
@@ -208,9 +218,11 @@ class Reducer:
         self.comm.max_(flags, what)
         return [bool(flag) for flag in flags.tolist()]
 
-    def agree(self, entries: list[Entry], present: list[bool], replaced: list[int]) -> list[bool]:
-        """Which parameters have a gradient on any rank; compares ledgers, factors and replaced gradients over ranks, and
-        shares the suspicion of non-finite values.
+    def agree(
+        self, entries: list[Entry], present: list[bool], replaced: list[int], rounds: int, dropped: list[int]
+    ) -> list[bool]:
+        """Which parameters have a gradient on any rank; compares ledgers, factors, replaced and dropped gradients and how many
+        backwards they are of over ranks, and shares the suspicion of non-finite values.
 
         Raises RankError where ranks took different paths, ValueError where their gradients were treated differently.
         Leaves `suspect`, `open` and `local` equal on all ranks.
@@ -218,8 +230,8 @@ class Reducer:
         ledger, table = self.comm.ledger, entries[0].table
         digest = ledger.digest
         factors = array("d", [] if table.plain else table.factors)
-        marks = [zlib.crc32(repr(replaced).encode()), zlib.crc32(factors)]
-        marks.append(zlib.crc32(bytes(present)))
+        marks = [zlib.crc32(repr((replaced, dropped)).encode()), zlib.crc32(factors)]
+        marks += [zlib.crc32(bytes(present)), rounds]
         for bucket in self.order:
             grads_of(bucket).look()
         values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
@@ -234,10 +246,15 @@ class Reducer:
                 + ". No state was changed. A module that only some ranks use must be gathered with its parent (units=...)."
             )
         if int(agreed[5]) != -int(agreed[6]):
-            names = [entries[index].name for index in replaced]
+            names = [entries[index].name for index in dict.fromkeys(replaced + dropped)]
             raise ValueError(
-                f"p.grad was assigned, or set to None, on some ranks only (here: {names}). Expected the same on every rank, "
-                "since gradients are averages over ranks. No state was changed."
+                f"p.grad was assigned, zeroed or set to None on some ranks only (here: {names}). Expected the same on every "
+                "rank, since gradients are averages over ranks. No state was changed."
+            )
+        if int(agreed[11]) != -int(agreed[12]):
+            raise ValueError(
+                f"gradients were cleared on some ranks only (they are of {rounds} synchronised backward(s) here, elsewhere of "
+                f"{-int(agreed[12])} to {int(agreed[11])}). Call zero_grad() on every rank alike. No state was changed."
             )
         if int(agreed[7]) != -int(agreed[8]):
             raise ValueError(

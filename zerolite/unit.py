@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ from zerolite.bucket import Bucket
 from zerolite.pending import mark, unmark
 
 log = logging.getLogger("zerolite")
+
+
+class Run(Protocol):
+    """A forward call of a unit, as the backward sees it."""
+
+    def over(self, task: int) -> bool: ...
 
 
 class Unit:
@@ -36,6 +44,7 @@ class Unit:
     inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
     before: int  # gradients that its buckets had collected before this backward
     calls: list[list[Tensor]]  # forward calls under way: the inputs that require a gradient
+    runs: weakref.WeakSet[Run]  # forward calls whose graph is there
 
     def __init__(self, name: str, buckets: list[Bucket], is_root: bool, is_leaf: bool = False) -> None:
         self.name = name
@@ -43,6 +52,7 @@ class Unit:
         self.is_root = is_root
         self.is_leaf = is_leaf
         self.calls = []
+        self.runs = weakref.WeakSet()
         self.before = 0
         self.forget()
 
@@ -62,6 +72,10 @@ class Unit:
     def expected(self) -> int:
         """Gradients that a backward through all of the unit collects."""
         return sum(entry.param.requires_grad for bucket in self.buckets for entry in bucket.entries)
+
+    def over(self, task: int) -> bool:
+        """Whether a backward has come through every forward call, so that no more gradients come."""
+        return self.reached and not self.is_root and all(run.over(task) for run in self.runs)
 
     @property
     def shown(self) -> bool:
@@ -104,13 +118,23 @@ class Schedule:
     held: bool  # inside full_params(): nothing is released
     open: bool  # units are in use: leaves that are released watch themselves
     pinned: bool  # a backward with create_graph: what it needs again stays whole until the step
+    entered: list[Unit]  # units that this backward has reached and not released
     in_backward: Callable[[], bool]
     begin_backward: Callable[[], None]
+    send: Callable[[list[Bucket]], None]  # no more gradients of these come in this backward
 
-    def __init__(self, units: list[Unit], in_backward: Callable[[], bool], begin_backward: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        units: list[Unit],
+        in_backward: Callable[[], bool],
+        begin_backward: Callable[[], None],
+        send: Callable[[list[Bucket]], None],
+    ) -> None:
         self.units = units
         self.in_backward = in_backward
         self.begin_backward = begin_backward
+        self.send = send
+        self.entered = []
         self.order = []
         self.seen = []
         self.borrowed = None
@@ -211,6 +235,7 @@ class Schedule:
     def reach(self, unit: Unit, has_inputs: bool) -> None:
         """The backward enters `unit`."""
         self.begin_backward()
+        self._send_over(unit)
         self.pinned = self.pinned or torch.is_grad_enabled()  # create_graph=True: a double backward needs weights again
         unit.reached = True
         unit.inputs += has_inputs
@@ -218,6 +243,20 @@ class Schedule:
             if other is unit or other.is_root:
                 other.ready()
         self._prefetch(unit, -1)
+
+    def _send_over(self, next_one: Unit) -> None:
+        """Units that the backward has come through, but whose parameters were not all used on this rank (an expert without a
+        token), send what there is before `next_one` is gathered. Ranks that used all of them have sent by now, so on every
+        rank the same collectives follow one another."""
+        task = torch._C._current_graph_task_id()
+        self.entered = [unit for unit in self.entered if unit.reached]
+        for unit in self.entered:
+            if unit is not next_one and unit.over(task):
+                self.send([bucket for bucket in unit.buckets if bucket.grads is not None])
+                self._release(unit)
+                unit.forget()
+        if next_one not in self.entered:
+            self.entered.append(next_one)
 
     def passed(self, unit: Unit) -> None:
         """The gradients of one call's inputs exist."""
@@ -241,6 +280,7 @@ class Schedule:
             self._release(unit)
             unit.forget()
         self.borrowed = None
+        self.entered = []
 
     def borrow(self, unit: Unit) -> None:
         """Makes one unit whole for a reader outside of forward and backward; the one before it goes back."""

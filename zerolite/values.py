@@ -21,7 +21,7 @@ from zerolite.dtypes import dense_strides, rest_dtype
 from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
-from zerolite.meta import Recipes, groups, lost_buffer, make_real, wants_values
+from zerolite.meta import Recipes, groups, init_of, lost_buffer, make_real
 
 
 def begin(bucket: Bucket) -> None:
@@ -72,8 +72,9 @@ class Materialise:
         for bucket in buckets:
             begin(bucket)
             bucket._show(bucket.blanks)  # a recipe that reaches outside of its group fails instead of being lost
+        wanted = {p for module in self.model.modules() for p in self._own(module)}
         for p in self.asleep:
-            if not wants_values(p):
+            if p not in wanted:
                 self._put(p, None)
         with torch.no_grad():
             for group in groups(self.model, units):
@@ -85,10 +86,11 @@ class Materialise:
             bucket.note_versions()  # recipes wrote beside parameters that have values
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        return [p for p in module._parameters.values() if p is not None and p in self.asleep and wants_values(p)]
+        known = [p for p in module._parameters.values() if p is not None and p in self.asleep]
+        return known if init_of(module) is not False else []
 
     def _fill(self, group: list[nn.Module]) -> None:
-        scratch = {p: blank(p, self.asleep[p]) for module in group for p in self._own(module)}
+        scratch = {p: self._blank(p) for module in group for p in self._own(module)}
         fresh = [module for module in group if self._wake_buffers(module) or self._own(module)]
         if not fresh:
             return
@@ -113,6 +115,12 @@ class Materialise:
                 self.done.add(p)
         for module in fresh:
             self._check_module(module)
+
+    def _blank(self, p: nn.Parameter) -> Tensor:
+        """NaN to fill, with the strides that the parameter will have."""
+        entry = self.buckets.get(p)
+        like = p if entry is None or entry.bucket is None else entry.bucket.views[entry.slot]
+        return blank(like, self.asleep[p])
 
     def _call(self, module: nn.Module, recipe: object, first: set[nn.Parameter]) -> None:
         """Runs one recipe. Tied parameters belong to the first module: a later one draws its numbers beside them."""
@@ -168,13 +176,13 @@ class Materialise:
         return asleep
 
     def _check_module(self, module: nn.Module) -> None:
-        paths = {m: path for path, m in self.model.named_modules()}
         for name in self._woken.get(module, []):
             buffer = module._buffers[name]
             assert buffer is not None
             nothing = _nothing(buffer.dtype)
             if bool((buffer.isnan() if buffer.is_floating_point() else buffer == nothing).any()):
-                raise ValueError(lost_buffer(f"{paths[module]}.{name}".lstrip(".")))
+                path = next(path for path, m in self.model.named_modules() if m is module)
+                raise ValueError(lost_buffer(f"{path}.{name}".lstrip(".")))
 
 
 def _nothing(dtype: torch.dtype) -> float | int:

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zerolite.comm import Comm
 from zerolite.comm.lane import Lane, LaneSpec, MessageLane
 from zerolite.comm.ledger import Ledger, RankError
+from zerolite.comm.local import LocalComm
 
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
 
@@ -277,3 +279,26 @@ def _timeout(group: Any, device: torch.device) -> float:
 
 def _bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
+
+
+def make_comm(process_group: Any) -> Comm:
+    """The communication of a group: the given one, the default one, or a world of one."""
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup) and hasattr(process_group, "exchange"):
+        return process_group  # a Comm of its own (tests)
+    if dist.is_available() and dist.is_initialized():
+        size = dist.get_world_size(process_group)
+        if size < 0:
+            raise ValueError(
+                f"process_group: expected a group with this rank in it, got one that rank {dist.get_rank()} is not part of. "
+                "Each rank passes its own group, such as groups[rank // 2] of [new_group([0, 1]), new_group([2, 3])]."
+            )
+        if size < 2:
+            return LocalComm()  # nothing moves, and nothing is copied as if it did
+        return GroupComm(process_group)
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if process_group is not None or ranks != "1":
+        raise RuntimeError(
+            f"expected an initialised process group, got none (WORLD_SIZE={ranks}). Call "
+            'torch.distributed.init_process_group("gloo") before ZeroOptimizer is built.'
+        )
+    return LocalComm()

@@ -10,9 +10,6 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 
-# Names of the phases, the first word of every `what`.
-SETUP, EXCHANGE, GATHER, NORM, STEP, READ = "set-up", "exchange", "gather", "norm", "step", "read"
-
 
 class RankError(RuntimeError):
     """Another rank died, disagrees or did not answer in time."""

@@ -51,8 +51,8 @@ class Region:
 
     def lend(self, lane: SharedLane, size: int) -> Tensor:
         """`size` bytes of this rank's slot, uint8, once every rank has read what it held."""
-        if self.holder is not None:
-            before, number = self.holder
+        before, number = self.holder or (lane, lane.rounds + 1)
+        if number <= before.rounds:  # else what was packed was thrown away (zero_grad() after a backward), and nobody read it
             before.settle(number)
             before.read.wait(number, _STILL_READ)
         self.holder = lane, lane.rounds + 1

@@ -27,7 +27,8 @@ _HELD, _FILE = 3 << 62, 1 << 61
 
 
 class Segment:
-    """One shared region of `size` bytes; `share` exchanges small values between the ranks."""
+    """One shared region of `size` bytes; `share` exchanges small values between the ranks, and raises an OSError that any rank
+    put in on all of them."""
 
     size: int
     shared: Tensor  # uint8 [size]
@@ -35,20 +36,33 @@ class Segment:
 
     def __init__(self, size: int, rank: int, share: Any, private: bool) -> None:
         self.size = -(-max(size, 1) // PAGE) * PAGE
-        own = os.memfd_create("zerolite", os.MFD_CLOEXEC) if rank == 0 else -1
-        if rank == 0:
-            os.ftruncate(own, self.size)
-        pid, number, expected = share((os.getpid(), own, self.size))[0]
-        fd = own if rank == 0 else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        fd = -1
         try:
-            found = os.fstat(fd).st_size
-            if found != expected or found != self.size:
-                raise RuntimeError(f"shared segment: expected {self.size} bytes, got {found}")
-            self.shared = _map(fd, self.size, mmap.MAP_SHARED)
-            self.private = _map(fd, self.size, mmap.MAP_PRIVATE) if private else None
-            share(None)  # everyone has mapped it before rank 0 closes
+            problem = None
+            try:
+                if rank == 0:
+                    fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
+                    os.ftruncate(fd, self.size)
+            except OSError as error:
+                problem = error
+            pid, number = share(problem or (os.getpid(), fd))[0]
+            try:
+                if rank != 0:
+                    fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+                self._map(fd, private)
+            except OSError as error:
+                problem = error
+            share(problem)  # everyone has mapped it before rank 0 closes
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
+
+    def _map(self, fd: int, private: bool) -> None:
+        found = os.fstat(fd).st_size
+        if found != self.size:
+            raise OSError(f"shared segment: expected {self.size} bytes, got {found}")
+        self.shared = _map(fd, self.size, mmap.MAP_SHARED)
+        self.private = _map(fd, self.size, mmap.MAP_PRIVATE) if private else None
 
     def dirty(self) -> bool:
         """Whether this process has written to the private mapping (any write, also through p.data)."""

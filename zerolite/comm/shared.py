@@ -99,11 +99,15 @@ class SharedComm:
         self.place, self.places = self.here.index(self.rank), len(self.here)
         self._watched: list[int] = []
         self._poll = select.poll()
-        for rank, pid in enumerate(group.share(os.getpid(), "set-up processes")):
-            if rank != self.rank and rank in self.here:
-                descriptor = os.pidfd_open(pid)
-                self._watched.append(descriptor)
-                self._poll.register(descriptor, select.POLLIN)
+        pids, problem = group.share(os.getpid(), "set-up processes"), None
+        try:
+            for rank in self.here:
+                if rank != self.rank:
+                    self._watched.append(os.pidfd_open(pids[rank]))
+                    self._poll.register(self._watched[-1], select.POLLIN)
+        except OSError as error:
+            problem = error
+        self.share_here(problem)
         self.board = Board(self) if len(self.hosts) == 1 else None
 
     def __del__(self) -> None:
@@ -114,7 +118,8 @@ class SharedComm:
         """Waits for a flag, looking after the other processes; raises RankError as a group's collective would."""
         group = self.group
         deadline, compare_at = time.monotonic() + group.timeout, time.monotonic() + PATIENCE
-        order, seen, late = sum(self.ledger.calls.values()), [""][:0], False
+        order, late = sum(self.ledger.calls.values()), False
+        seen: list[str] = []
         try:
             while not ready(min(_SLICE, max(deadline - time.monotonic(), 0.001))):
                 if self._poll.poll(0) and not ready(0.0):
@@ -187,8 +192,12 @@ class SharedComm:
         return self.group.share(value, what)
 
     def share_here(self, value: Any) -> list[Any]:
-        """share, of this host's ranks, for segments (every rank of every host calls it)."""
+        """share, of this host's ranks, for segments (every rank of every host calls it, and an OSError among the values is
+        raised on all, so that all go on with the process group)."""
         values = self.group.share(value, "set-up segment")
+        for found in values:
+            if isinstance(found, OSError):
+                raise found
         return [values[rank] for rank in self.here]
 
     # ---- in shared memory
@@ -237,16 +246,20 @@ def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:
 
 
 def if_shared(comm: GroupComm, make: Callable[[], Comm]) -> Comm:
-    """What `make` gives, which tries shared memory, or `comm` where that failed on any rank (a collective)."""
-    problem = ""
+    """What `make` gives, which tries shared memory, or `comm` where that failed on any rank (a collective).
+
+    What may fail on one rank alone is told to all before any goes on, so that all stop at the same place.
+    """
     made: Comm = comm
-    try:
-        if kernels_in_use() == "reference" and platform.machine() not in ("x86_64", "AMD64"):
-            raise OSError("flags need the native kernels on this processor")
-        made = make()
-    except (OSError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
+    ordered = platform.machine() in ("x86_64", "AMD64") or kernels_in_use() != "reference"
+    problem = "" if ordered else "flags need the native kernels on this processor"
     found = [text for text in comm.share(problem, "set-up sharing") if text]
+    if not found:
+        try:
+            made = make()
+        except (OSError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        found = [text for text in comm.share(problem, "set-up sharing") if text]
     if found and comm.rank == 0:
         log.warning("zerolite: ranks of this host cannot share memory (%s); the process group is used instead", found[0])
     return comm if found else made

@@ -1,0 +1,217 @@
+"""Real processes whose ranks do not all do the same with their gradients: thrown away, unused on some, cleared on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for
+from ranks import on_processes, on_threads, outcomes
+from torch import nn
+
+import zerolite
+
+GROUP = {"ZEROLITE_SHARED": "0"}
+everywhere = pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+
+class Expert(Block):
+    """A block with a part that a rank may leave out."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.expert = nn.Linear(width, width)
+        self.used = True
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.expert(x) if self.used else x
+
+
+class Experts(Net):
+    def __init__(self):
+        super().__init__(blocks=0)
+        self.blocks = nn.ModuleList(Expert(13) for _ in range(4))
+
+    def use(self, flags):
+        for block, flag in zip(self.blocks, flags, strict=True):
+            block.used = flag
+
+
+def finish(model, optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+    with optimizer.full_params():
+        return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+
+
+def uneven(group, rank, stage, bucket_mb, micro):
+    """Each rank leaves out other experts, and in the first micro-batch others than in the second."""
+    model, optimizer = make(Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16), group, seeded(Experts))
+    for step in range(3):
+        for part in range(micro):
+            model.use([(step + part + rank + k) % 3 != 0 for k in range(4)])
+            loss_of(model, tokens_for(step, part, rank)).backward()
+        result = finish(model, optimizer)
+    return result
+
+
+def uneven_process(rank, *args):
+    return uneven(None, rank, *args)
+
+
+@everywhere
+@pytest.mark.parametrize("bucket_mb", [25.0, 1e-6])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_experts_that_only_some_ranks_use(env, bucket_mb, micro):
+    expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, micro))
+    for stage in (0, 1, 2, 3):
+        found = on_processes(2, uneven_process, stage, bucket_mb, micro, env={**env, "ZEROLITE_PATIENCE": "1"})
+        assert equal(found, expected), stage
+
+
+def released(rank):
+    model, optimizer = make(Run(stage=3, bucket_mb=1e-6), None, seeded(Experts))
+    model.use([rank == 0] * 4)
+    most = []
+    units = optimizer._parts.schedule.units
+    for unit in units:
+        for bucket in unit.buckets:
+            for p in bucket.params:
+                p.register_hook(lambda g: most.append(sum(u.shown for u in units if not u.is_root)))
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    return max(most)
+
+
+def test_a_block_with_an_unused_expert_is_released_like_others():
+    assert on_processes(2, released, env=GROUP) == [1, 1]  # without what is prefetched
+
+
+def thrown_away(rank, stage, how):
+    def run(disturb):
+        model, optimizer = make(Run(stage=stage), None)
+        if disturb:
+            loss_of(model, tokens_for(7, 0, rank)).backward()
+            if how == "zero_grad":
+                optimizer.zero_grad()
+            elif how == "none":
+                model.zero_grad()
+                optimizer.step()
+            else:
+                list(model.parameters())[-1].grad.mul_(float("nan"))
+                optimizer.step()
+                optimizer.zero_grad()
+        for part in range(2):
+            loss_of(model, tokens_for(0, part, rank)).backward()
+        return finish(model, optimizer)
+
+    return equal(run(True), run(False))
+
+
+@everywhere
+@stages
+@pytest.mark.filterwarnings("ignore:zerolite. a gradient is not finite")
+@pytest.mark.parametrize("how", ["zero_grad", "none", "nan"])
+def test_a_backward_that_is_thrown_away_leaves_nothing(env, stage, how):
+    assert all(on_processes(2, thrown_away, stage, how, env=env, timeout=15))
+
+
+def dropped_and_unused(rank, stage):
+    """Gradients set to None after a first backward do not come back on the rank that does not use the parameter again."""
+
+    def run(first):
+        model, optimizer = make(Run(stage=stage, bucket_mb=1e-6), None, seeded(Experts))
+        if first:
+            loss_of(model, tokens_for(7, 0, rank)).backward()
+            model.zero_grad()
+        model.use([rank == 0] * 4)
+        loss_of(model, tokens_for(0, 0, rank)).backward()
+        return finish(model, optimizer)
+
+    return equal(run(True), run(False))
+
+
+@everywhere
+@stages
+def test_a_dropped_gradient_does_not_come_back(env, stage):
+    assert all(on_processes(2, dropped_and_unused, stage, env=env))
+
+
+def cleared_on_one(rank, stage, how):
+    model, optimizer = make(Run(stage=stage), None)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    if rank == 1 and how == "zero_grad":
+        optimizer.zero_grad()
+    elif rank == 1:
+        model.blocks[0].norm.weight.grad.zero_()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        message = str(error)
+    optimizer.zero_grad()  # and goes on
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    clean = finish(model, optimizer)
+    other, optimizer = make(Run(stage=stage), None)
+    loss_of(other, tokens_for(0, 0, rank)).backward()
+    return message, equal(clean, finish(other, optimizer))
+
+
+@stages
+@pytest.mark.parametrize(
+    ("how", "text"), [("zero_grad", "cleared on some ranks only"), ("zero_", "zeroed or set to None on some")]
+)
+def test_gradients_cleared_on_one_rank_are_refused_on_all(stage, how, text):
+    for message, same in on_processes(2, cleared_on_one, stage, how, timeout=15):
+        assert text in message and same
+
+
+def thawed(rank, clip):
+    model = seeded(Net)
+    model.norm.weight.requires_grad_(False)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.norm.weight.grad = torch.ones(13)
+    inner.step()  # it has a state though it is frozen
+    model.zero_grad()
+    optimizer = zerolite.ZeroOptimizer(inner, model, stage=1)
+    model.norm.weight.requires_grad_(True)
+    for part in range(2):
+        loss_of(model, tokens_for(0, part, rank)).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return norm.item()
+
+
+def test_parameters_that_come_with_a_state_and_are_thawed_later():
+    a, b = on_processes(2, thawed, 0.1)
+    assert a == b
+
+
+def outsider(rank):
+    groups = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])]
+    model = seeded(Net)
+    zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, process_group=groups[0])
+
+
+def test_a_rank_outside_of_the_group_is_told():
+    found = outcomes(3, outsider)
+    assert [kind for kind, _ in found] == ["ok", "ok", "error"]
+    assert "expected a group with this rank in it, got one that rank 2 is not part of" in found[2][1][1]
+
+
+def late_on_one(rank, stage):
+    """A parameter that is trained from a second micro-batch on, by one rank."""
+    model = seeded(Experts)
+    model.blocks[1].expert.requires_grad_(False)
+    model, optimizer = make(Run(stage=stage), None, model)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    model.blocks[1].expert.requires_grad_(True)
+    model.use([True, rank == 0, True, True])
+    for part in range(2):
+        loss_of(model, tokens_for(1, part, rank)).backward()
+    return finish(model, optimizer)
+
+
+@everywhere
+def test_a_parameter_that_one_rank_begins_to_train(env):
+    results = [on_processes(2, late_on_one, stage, env=env, timeout=15) for stage in (0, 1, 2, 3)]
+    assert all(equal(result, results[0]) for result in results)
