@@ -48,7 +48,7 @@ peers: .venv/.peers
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed==0.19.8 ninja
 	@touch $@
 
-# About 30 minutes on 2 cores; BENCH="--preset quick" takes 5, "--preset full" a night, "--dry-run" says what would run.
+# About 45 minutes on 2 cores; BENCH="--preset quick" takes 5, "--preset full" a night, "--dry-run" says what would run.
 bench: setup
 	@$(BIN)/python -m benchmarks run $(BENCH)
 

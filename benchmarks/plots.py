@@ -95,77 +95,82 @@ def parts(axes: Any, rows: list[Row]) -> None:
     name_bars(axes, rows, "ms a step, median")
 
 
-SHOWN = ("DDP + AdamW(fused)", "ZeroRedundancyOptimizer", "FSDP2", *(f"DeepSpeed {k}" for k in (1, 2, 3)))
-SHOWN += tuple(f"zerolite {k}" for k in (1, 2, 3))
+LINES = {  # systems: colour and style
+    "DDP + AdamW(fused)": ("#8c8c8c", "s--"),
+    "FSDP2": ("#64b5cd", "s--"),
+    "DeepSpeed's best": ("#dd8452", "s--"),
+    "zerolite 1": ("#9ecae1", "o-"),
+    "zerolite 2": ("#4c72b0", "o-"),
+    "zerolite 3": ("#c44e52", "o-"),
+}
 
 
 def overhead(axes: Any, rows: list[Row]) -> None:
-    """Overhead against the number of parameters, a panel for each world and a line for each processor; without variants, which
-    would hide the lines, and without the model of many small parameters, whose size says nothing."""
-    rows = [row for row in rows if row["system"] in SHOWN and row["overhead"] > 0]
-    rows = [row for row in rows if row.get("shape", {}).get("kind") != "small"]
-    hosts = [cpu for cpu, _ in Counter(row["conditions"]["cpu"] for row in rows).most_common()]
+    """Overhead against the number of parameters, a panel for each world, of the processor with most rows; without the model of many
+    small parameters, whose size says nothing."""
+    rows = [row for row in rows if row["overhead"] > 0 and row.get("shape", {}).get("kind") != "small"]
+    host = Counter(row["conditions"]["cpu"] for row in rows).most_common(1)[0][0]
+    rows = [row for row in rows if row["conditions"]["cpu"] == host]
     worlds, figure = sorted({row["ranks"] for row in rows}), axes.figure
     axes.remove()
     panels = figure.subplots(1, max(len(worlds), 1), sharey=True, squeeze=False)[0]
     for panel, world in zip(panels, worlds, strict=False):
-        here = sorted((row for row in rows if row["ranks"] == world), key=lambda row: row["numel"])
-        for name, colour in zip(SHOWN, COLOURS, strict=False):
-            style = "o-" if name.startswith("zerolite") else "s--"
-            for host, fill in zip(hosts, (colour, "white", "black"), strict=False):
-                mine = [row for row in here if row["system"] == name and row["conditions"]["cpu"] == host]
-                points = [(row["numel"] / 1e6, row["overhead"] * 1e3) for row in mine]
-                if points:
-                    xy = zip(*points, strict=True)
-                    panel.plot(*xy, style, color=colour, label=name, markersize=4, markerfacecolor=fill)
+        points: dict[str, dict[float, float]] = {name: {} for name in LINES}
+        for row in (row for row in rows if row["ranks"] == world):
+            name = "DeepSpeed's best" if row["system"].startswith("DeepSpeed") else row["system"]
+            if name in points:
+                size, value = row["numel"] / 1e6, row["overhead"] * 1e3
+                points[name][size] = min(value, points[name].get(size, value))
+        for name, (colour, style) in LINES.items():
+            if points[name]:
+                panel.plot(*zip(*sorted(points[name].items()), strict=True), style, color=colour, label=name, markersize=5)
         panel.set_xscale("log")
         panel.set_yscale("log")
         sizes = [0.0]
-        for row in here:  # those whose labels have room
-            sizes += [row["numel"] / 1e6] * (row["numel"] / 1e6 > 1.25 * sizes[-1])
-        sizes.pop(0)
-        panel.set_xticks(sizes, [f"{size:.3g}" for size in sizes], rotation=60, fontsize=8)
+        for size in sorted({size for found in points.values() for size in found}):  # those whose labels have room
+            sizes += [size] * (size > 1.5 * sizes[-1])
+        panel.set_xticks(sizes[1:], [f"{size:.3g}" for size in sizes[1:]])
         panel.set_title(f"{world} rank{'s' * (world > 1)}", fontsize=10)
         panel.set_xlabel("million parameters")
         panel.spines[["top", "right"]].set_visible(False)
     low, high = panels[0].get_ylim()
-    steps = [n * 10.0**power for power in range(-1, 6) for n in (1, 2, 5)]
-    ticks = [step for step in steps if low <= step <= high]
+    ticks = [n * 10.0**power for power in range(-1, 6) for n in (1, 2, 5) if low <= n * 10.0**power <= high]
     panels[0].set_yticks(ticks, [f"{step:g}" for step in ticks])
     panels[0].set_ylabel("overhead, ms a step")
     for panel in panels:
         panel.minorticks_off()
-    named: dict[str, Any] = {}  # a world may lack a system
-    for panel in panels:
-        for line, name in zip(*panel.get_legend_handles_labels(), strict=True):
-            named.setdefault(name, line)
-    for host, fill in zip(hosts if len(hosts) > 1 else [], ("gray", "white", "black"), strict=False):
-        named[host] = panels[-1].plot([], [], "o", color="gray", markersize=4, markerfacecolor=fill)[0]
-    panels[-1].legend(named.values(), named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(host, fontsize=10)
 
 
 def roofline(axes: Any, rows: list[Row]) -> None:
-    """Operations a second against operations a byte, under the measured ceilings."""
+    """Operations a second against operations a byte, under the measured ceilings; names beside the points."""
     peak = max(row["peak_flops"] for row in rows if "peak_flops" in row)
     ceilings = [row for row in rows if row["side"].startswith("ceiling")]
-    xs = [2.0**k for k in range(-6, 9)]
-    for row, style in zip(ceilings, ("-", "--", ":"), strict=False):
-        speed = row["bytes"] / row["ns"][1] * 1e9
-        axes.plot(
-            xs, [min(peak, x * speed) / 1e9 for x in xs], style, color="0.4", label=f"{row['side']}, {speed / 1e9:.0f} GB/s"
-        )
-    colours = {mark: iter(COLOURS * 2) for mark in "os"}
+    points = []
     for row in (row for row in rows if not row["side"].startswith("ceiling")):
         work = row.get("flops", WORK.get(row["side"].split()[0].split("-")[0].rstrip(","), 20.0))
         if work:
-            x, y = work / row["bytes"], work / row["ns"][1]
-            mark = "o" if row["side"].startswith(("zerolite", "pack", "average", "square")) else "s"
-            axes.plot(x, y, mark, color=next(colours[mark]), label=row["side"], markersize=6)
+            points.append((work / row["bytes"], work / row["ns"][1], row["side"]))
+    left, right = min(x for x, _, _ in points) / 1.5, max(x for x, _, _ in points) * 12
+    for row, style in zip(ceilings, ("-", "--", ":"), strict=False):
+        speed = row["bytes"] / row["ns"][1] * 1e9
+        label = f"{row['side']}, {speed / 1e9:.0f} GB/s"
+        axes.plot([left, right], [min(peak, x * speed) / 1e9 for x in (left, right)], style, color="0.6", label=label)
+    top = 0.0
+    for x, y, side in sorted(points, key=lambda point: point[1]):
+        ours = side.startswith(("zerolite", "pack", "average", "square"))
+        axes.plot(x, y, "o" if ours else "s", color=COLOURS[0] if ours else COLOURS[1], markersize=6)
+        top = max(top * 1.16, y)  # names, from below, with room between them
+        line = {"arrowstyle": "-", "color": "0.8", "lw": 0.6}
+        axes.annotate(side, (x, y), (right / 3.4, top), fontsize=7, va="center", arrowprops=line)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xlim(left, right)
     axes.set_xlabel("operations a byte (about 20 an element of an Adam update)")
     axes.set_ylabel("GFLOP/s")
-    axes.legend(frameon=False, fontsize=6, ncols=2)
+    axes.set_title(f"circles: zerolite, squares: others; {rows[0]['conditions']['cpu']}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def scale(axes: Any, rows: list[Row]) -> None:

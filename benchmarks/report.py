@@ -21,6 +21,15 @@ one table mean something. What zerolite does not win is listed as well.
 """
 
 
+CAPTIONS = {
+    "memory-by-term": "Shorter is better. Bars are zerolite's plan at rest, by term; marks are what was measured, of all systems.",
+    "step-by-part": "Shorter is better. The thin grey bar is communication under way, which overlaps with the parts above it.",
+    "overhead-against-size": "Lower is better: a step less the model's own forward and backward, on the processor with most rows.",
+    "roofline": "Operations a second of each kernel against operations a byte; lines are ceilings that plain loops reached.",
+    "scale": "A forecast, not a measurement: tokens a second and rank on stated hardware, from no overlap to full overlap.",
+}
+
+
 def write(results: Path, docs: Path | None = None) -> list[Path]:
     """Writes the page and the plots for which there are results; returns their paths."""
     docs = docs or (ROOT / "docs" if results == ROOT / "benchmarks" / "results" else results)
@@ -37,7 +46,8 @@ def text(results: Path, pictures: Sequence[Path] = ()) -> str:
     blocks = [read(path) for path in sorted(results.glob("step-*.jsonl"))]
     found = {name: read(results / f"{name}.jsonl") for name in ("update", "passes", "small", "footprint", "scale", "construct")}
     parts = [HEAD]
-    parts += [f"![{path.stem.replace('-', ' ')}]({path.as_posix()})\n" for path in pictures]
+    for path in pictures:
+        parts.append(f"![{path.stem.replace('-', ' ')}]({path.as_posix()})\n\n{CAPTIONS.get(path.stem, '')}\n")
     parts += [getattr(tables, name)(found[name]) for name in ("update", "passes") if found[name]]
     parts.append(tables.step(blocks, found["passes"], found["update"]))
     parts += [tables.largest(read(path)) for path in sorted(results.glob("largest-*.jsonl"))]

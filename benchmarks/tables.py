@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from benchmarks import reasons
 from benchmarks.calibrate import TOLERANCE
 from benchmarks.harness import Row
@@ -53,10 +55,15 @@ Target: within 3 % of the plan.
 }
 
 
+def repeatable(command: str) -> str:
+    """A stored command without what belongs to one machine: the folder that its page went to."""
+    return re.sub(r" --docs \S+", "", command).replace("python benchmarks/moments.py", "python -m benchmarks.moments")
+
+
 def conditions(row: Row) -> str:
     given = row["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in given["versions"].items() if version)
-    return f"{given['cpu']}, {given['cores']} cores, {versions}, commit {given['commit']}: `{given['command']}`\n"
+    return f"{given['cpu']}, {given['cores']} cores, {versions}, commit {given['commit']}: `{repeatable(given['command'])}`\n"
 
 
 def left_out(rows: list[Row]) -> str:

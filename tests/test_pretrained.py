@@ -472,8 +472,13 @@ def under_a_limit(rank, path, extra):
         model(x).float().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    zerolite.save_pretrained(model, path / "saved", file_bytes=8 * MB)
     with torch.no_grad():
-        return begun, loaded, model(x).float().mean().item()
+        trained = model(x)
+    zerolite.load_pretrained(model, path / "saved")
+    with torch.no_grad():
+        assert torch.equal(model(x), trained)
+        return begun, loaded, trained.float().mean().item()
 
 
 @pytest.mark.parametrize("env,extra", [(GROUP, 145), ({}, 186)], ids=["gloo", "shared"])

@@ -46,13 +46,7 @@ def load_pretrained(
     Optimizer states stay as they are. Raises on every rank, before anything is written: ValueError for names and shapes that
     do not fit or ranks that see different files, RuntimeError where another rank failed.
     """
-    reference = BUILT.get(model)
-    built = reference() if reference is not None else None
-    if built is None:
-        raise ValueError(
-            "load_pretrained: expected the model that a ZeroOptimizer was built with, got another one. Build "
-            "ZeroOptimizer(optimizer, model) first; without one, use model.load_state_dict(safetensors.torch.load_file(path))."
-        )
+    built = built_of(model, "load_pretrained", "without one, use model.load_state_dict(safetensors.torch.load_file(path))")
     problem: Exception | None = None
     wanted = Wanted(model)
     try:
@@ -87,6 +81,28 @@ def load_pretrained(
     return result
 
 
+def built_of(model: nn.Module, caller: str, instead: str) -> Built:
+    """What a ZeroOptimizer made of the model. Raises ValueError where there is none."""
+    reference = BUILT.get(model)
+    built = reference() if reference is not None else None
+    if built is None:
+        raise ValueError(
+            f"{caller}: expected the model that a ZeroOptimizer was built with, got another one. Build "
+            f"ZeroOptimizer(optimizer, model) first; {instead}."
+        )
+    return built
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by every name that they have."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
 def _agree(built: Built, problem: Exception | None, told: Any, what: str) -> None:
     """Every rank succeeded and saw the same, or every rank raises."""
     shared = built.comm.share((problem is not None, told), what)
@@ -106,13 +122,9 @@ class Wanted:
     """The tensors of a model that files can fill, and where each one's values are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.names = named_tensors(model)
         self.params: dict[Tensor, Stored] = {}
         self.buffers: dict[Tensor, Stored] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    self.names[f"{path}.{name}" if path else name] = buffer
 
     def match(self, files: dict[str, Stored], rename: Callable[[str], str], strict: bool) -> Loaded:
         """Finds each tensor's values. Raises ValueError with the names that do not fit."""

@@ -1,4 +1,4 @@
-"""Reads element ranges of tensors out of safetensors files.
+"""Reads element ranges of tensors out of safetensors files, and makes the header of one.
 
     file     | u64 length n | JSON of n bytes: {name: {dtype, shape, data_offsets}} | data |
     index    model.safetensors.index.json: {"weight_map": {name: file}}
@@ -80,6 +80,28 @@ def open_files(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
                 raise ValueError(f"{file}: tensor '{name}' is in {found[name].path.name} too. Pass the files of one model.")
             found[name] = stored
     return found
+
+
+def header(tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file that holds these tensors, and where each one's values go, row-major.
+
+    Wide elements come first: readers view memory of the file in the tensor's dtype, which needs aligned offsets.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
+        if dtype not in kinds:
+            raise OSError(f"tensor '{name}': expected a dtype that the format has, got {dtype}")
+        end = at + shape.numel() * dtype.itemsize
+        entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {
+        name: begin + entry["data_offsets"][0] for name, entry in entries.items() if "data_offsets" in entry
+    }
 
 
 def digest(found: dict[str, Stored]) -> int:

@@ -1,0 +1,177 @@
+"""save_pretrained: a model whose parameters are cut over ranks, streamed into safetensors files, one bucket at a time.
+
+    each bucket   keep_writes -> collect_whole (every rank) -> rank 0 appends its parameters to the files
+
+Files are written beside and renamed when all are complete, so a killed run leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zerolite.build import Built
+from zerolite.pretrained import built_of, named_tensors
+from zerolite.safetensors import INDEX, header
+
+SINGLE = "model.safetensors"
+
+
+class Item(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], *, masters: bool = False, file_bytes: int = 5_000_000_000
+) -> None:
+    """Writes the model of a ZeroOptimizer as safetensors files, at any stage (a collective: every rank calls it).
+
+    folder      gets model.safetensors, or several files and model.safetensors.index.json, from rank 0. What an earlier call
+                wrote is replaced once everything is complete; other files stay
+    masters     trained parameters as their exact fp32 masters; False: in compute dtype
+    file_bytes  most bytes of values in a file; a tensor is never cut
+
+    No rank holds more than one bucket (25 MiB, or one larger parameter) beyond its share. `load_pretrained`, transformers and
+    the safetensors package read it; of tied parameters the first name is written. Raises on every rank: ValueError for a
+    model without a ZeroOptimizer, RuntimeError inside full_params() or where rank 0 could not write.
+    """
+    built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
+    if built.schedule is not None and built.schedule.held:
+        raise RuntimeError("save_pretrained: expected to be called outside of full_params(), got called inside.")
+    if file_bytes < 1:
+        raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
+    built.updates.settle()
+    built.check_replaced()
+    names = {tensor: name for name, tensor in reversed(named_tensors(model).items())}  # of tied ones the first
+    problem: Exception | None = None
+    files: Files | None = None
+    if built.comm.rank == 0:
+        try:
+            files = Files(Path(folder), [item for item, _ in _tensors(built, names, masters, False)], file_bytes)
+        except OSError as error:
+            problem = error
+    with torch.no_grad():
+        for _, values in _tensors(built, names, masters, True):  # every rank goes through, whatever happens to rank 0's disk
+            if files is not None and problem is None:
+                try:
+                    assert values is not None
+                    files.append(values)
+                except OSError as error:
+                    problem = error
+    if files is not None:
+        try:
+            files.close(complete=problem is None)
+        except OSError as error:
+            problem = problem or error
+    told = built.comm.share(f"{type(problem).__name__}: {problem}" if problem else "", "set-up save_pretrained")[0]
+    if told:
+        raise RuntimeError(
+            f"save_pretrained: rank 0 could not write to {folder} ({told}); what was there before is."
+        ) from problem
+
+
+def _tensors(built: Built, names: dict[Tensor, str], masters: bool, read: bool) -> Iterator[tuple[Item, Tensor | None]]:
+    """Every tensor to write, bucket by bucket; with its values on the CPU (a collective) if they are to be read."""
+    covered: set[Tensor] = set()
+    for bucket in built.buckets:
+        exact = masters and bucket.trained
+        full = None
+        if read:
+            bucket.keep_writes(quiet=True)
+            full = bucket.collect_whole(bucket.master(slice(None)) if exact else bucket.mine, "read values of")
+        for slot, entry in enumerate(bucket.entries):
+            covered.add(entry.param)
+            if entry.param in names:
+                item = Item(names[entry.param], torch.float32 if exact else bucket.full.dtype, entry.param.shape)
+                yield item, None if full is None else bucket._view(full, slot)
+    for tensor, name in names.items():
+        if tensor not in covered:
+            yield Item(name, tensor.dtype, tensor.shape), tensor.detach() if read else None
+
+
+class Files:
+    """The files under way: headers first, then values in the same order."""
+
+    def __init__(self, folder: Path, items: list[Item], most: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        parts: list[list[Item]] = [[]]
+        for item in items:
+            if parts[-1] and sum(i.nbytes for i in parts[-1]) + item.nbytes > most:
+                parts.append([])
+            parts[-1].append(item)
+        self.parts = parts
+        self.names = [SINGLE]
+        number = 0
+        while len(parts) > 1 and (number == 0 or any((folder / name).exists() for name in self.names)):
+            stem = (
+                f"model_{number}" if number else "model"
+            )  # other names than the last ones, which are valid until the index is
+            self.names = [f"{stem}-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+            number += 1
+        self.todo = [(k, item) for k, part in enumerate(parts) for item in part]
+        self.open: Any = None
+        self.at = -1
+        self.places: dict[str, int] = {}  # in the file under way
+
+    def _new(self, name: str) -> Path:
+        return self.folder / f"{name}.new"
+
+    def append(self, values: Tensor) -> None:
+        """The next tensor."""
+        number, item = self.todo.pop(0)
+        if number != self.at:
+            self._finish()
+            self.at = number
+            self.open = open(self._new(self.names[number]), "wb")  # noqa: SIM115
+            head, self.places = header(self.parts[number])
+            self.open.write(head)
+        self.open.seek(self.places[item.name])
+        flat = values.to("cpu", item.dtype).contiguous().view(-1)
+        if flat.numel():
+            self.open.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+    def _finish(self) -> None:
+        if self.open is not None:
+            self.open.flush()
+            os.fsync(self.open.fileno())
+            self.open.close()
+            self.open = None
+
+    def close(self, complete: bool) -> None:
+        """Puts the files in place, or takes away what was begun."""
+        index = self.folder / INDEX
+        if not complete:
+            if self.open is not None:
+                self.open.close()
+            for name in [*self.names, INDEX]:
+                self._new(name).unlink(missing_ok=True)
+            return
+        self._finish()
+        old = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        old = {name for name in old if Path(name).name == name} | {SINGLE}
+        for name in self.names:
+            self._new(name).replace(self.folder / name)
+        if len(self.names) > 1:
+            where = {item.name: name for name, part in zip(self.names, self.parts, strict=True) for item in part}
+            total = sum(item.nbytes for part in self.parts for item in part)
+            self._new(INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1) + "\n")
+            self._new(INDEX).replace(index)
+        else:
+            index.unlink(missing_ok=True)
+        for name in old.difference(self.names):
+            (self.folder / name).unlink(missing_ok=True)
