@@ -22,9 +22,9 @@ one table mean something. What zerolite does not win is listed as well.
 
 
 CAPTIONS = {
-    "memory-by-term": "Shorter is better. Bars are zerolite's plan at rest, by term; marks are what was measured, of all systems.",
+    "memory-by-term": "Shorter is better. Bars are zerolite's plan at rest by term; marks are what was measured of all.",
     "step-by-part": "Shorter is better. The thin grey bar is communication under way, which overlaps with the parts above it.",
-    "overhead-against-size": "Lower is better: a step less the model's own forward and backward, on the processor with most rows.",
+    "overhead-against-size": "Lower is better: a step less the model's own forward and backward, on one processor.",
     "roofline": "Operations a second of each kernel against operations a byte; lines are ceilings that plain loops reached.",
     "scale": "A forecast, not a measurement: tokens a second and rank on stated hardware, from no overlap to full overlap.",
 }
