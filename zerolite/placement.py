@@ -329,7 +329,7 @@ def _sizes(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | None]]:
-    """Stages and offloads that are alternatives, for a given offload or (True) for all; on a CPU none with offload, where nothing moves.
+    """Stages and offloads that are alternatives, for a given offload or (True) for all (on a CPU, where nothing moves, none).
 
     whole  parameters cannot be sharded: there is no model
     """
