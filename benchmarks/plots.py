@@ -156,14 +156,15 @@ def roofline(axes: Any, rows: list[Row]) -> None:
     for row, style in zip(ceilings, ("-", "--", ":"), strict=False):
         speed = row["bytes"] / row["ns"][1] * 1e9
         label = f"{row['side']}, {speed / 1e9:.0f} GB/s"
-        axes.plot([left, right], [min(peak, x * speed) / 1e9 for x in (left, right)], style, color="0.6", label=label)
+        xs = (left, right / 5.5)  # names begin to the right
+        axes.plot(xs, [min(peak, x * speed) / 1e9 for x in xs], style, color="0.6", label=label)
     top = 0.0
     for x, y, side in sorted(points, key=lambda point: point[1]):
         ours = side.startswith(("zerolite", "pack", "average", "square"))
         axes.plot(x, y, "o" if ours else "s", color=COLOURS[0] if ours else COLOURS[1], markersize=6)
         top = max(top * 1.16, y)  # names, from below, with room between them
         line = {"arrowstyle": "-", "color": "0.8", "lw": 0.6}
-        axes.annotate(side, (x, y), (right / 3.4, top), fontsize=7, va="center", arrowprops=line)
+        axes.annotate(side, (x, y), (right / 4, top), fontsize=7, va="center", arrowprops=line)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(left, right)

@@ -54,6 +54,7 @@ LAYERS = {
     "auto": 4,
     "build": 5,
     "pretrained": 5,
+    "saved": 6,
     "optimizer": 5,
     "timeline": 6,
     "__init__": 6,
