@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import Net, Run, loss_of, make, seeded, tokens_for
+from models import Net, Run, equal, loss_of, make, seeded, tokens_for
 from ranks import on_processes, on_threads
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -601,6 +601,30 @@ def test_full_params_may_be_nested_and_refuse_a_step(stage):
             optimizer.step()
     optimizer.step()
     assert before == {} and optimizer.full_state()
+
+
+def averaged(rank, stage):
+    """The guide's weight average."""
+    model = seeded(Net)
+    ema = copy.deepcopy(model)
+    model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), None, model)
+    begun = [p.detach().clone() for p in ema.parameters()]
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with optimizer.full_params():
+            for e, p in zip(ema.parameters(), model.parameters(), strict=True):
+                e.lerp_(p.to(e.dtype), 0.001)
+    assert not any(torch.equal(a, b) for a, b in zip(begun, ema.parameters(), strict=True))
+    return [p.detach().clone() for p in ema.parameters()], optimizer.full_state()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_weight_average_is_the_same_at_every_stage(stage):
+    first = on_processes(2, averaged, 0)
+    found = on_processes(2, averaged, stage)
+    assert equal(first, found) and equal(found[0], found[1])
 
 
 def copied(rank):

@@ -143,7 +143,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._skip()
         elif used:
             self._update(present)
-            table.steps[:] = map(add, table.steps, map(and_, present, map(is_not, table.groups, repeat(None))))
+            grouped = present if None not in table.groups else map(and_, present, map(is_not, table.groups, repeat(None)))
+            table.steps[:] = map(add, table.steps, grouped)
         built.grads.use_up()
         built.updates.finish()
         self._whole = None
