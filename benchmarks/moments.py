@@ -55,12 +55,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     curves = {(row["moments"], row["seed"]): smooth(row["losses"]) for row in rows}
     for (kind, seed), curve in curves.items():
         label = {"label": f"{kind} moments"} if seed == 0 else {}
-        top.plot(curve, color=COLOURS[kind], linewidth=1, alpha=0.8, **label)
+        style = ("-", "--", ":")[seed % 3]
+        top.plot(curve, style, color=COLOURS[kind], linewidth=1, alpha=0.8, **label)
         if kind != "fp32":
             away = [100 * (ours / theirs - 1) for ours, theirs in zip(curve, curves["fp32", seed], strict=True)]
-            bottom.plot(away, color=COLOURS[kind], linewidth=1, alpha=0.8)
+            bottom.plot(away, style, color=COLOURS[kind], linewidth=1, alpha=0.8)
     count, parameters = 1 + max(row["seed"] for row in rows), rows[0]["parameters"]
-    top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, seeds 0 to {count - 1}, mean of {LAST} steps", fontsize=10)
+    seeds = ", ".join(
+        f"{style} {seed}" for seed, style in zip(range(count), ("solid", "dashed", "dotted") * count, strict=False)
+    )
+    top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, mean of {LAST} steps; seeds: {seeds}", fontsize=10)
     top.set_ylabel("loss")
     top.legend(frameon=False)
     bottom.axhline(0, color=COLOURS["fp32"], linewidth=0.8)
