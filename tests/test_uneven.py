@@ -12,7 +12,6 @@ import zerolite
 
 GROUP = {"ZEROLITE_SHARED": "0"}
 everywhere = pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
-stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 
 class Expert(Block):
@@ -57,7 +56,7 @@ def uneven(group, rank, stage, bucket_mb, micro):
 
 
 def uneven_process(rank, *args):
-    return uneven(None, rank, *args)
+    return [uneven(None, rank, stage, *args) for stage in (0, 1, 2, 3)]
 
 
 @everywhere
@@ -65,9 +64,8 @@ def uneven_process(rank, *args):
 @pytest.mark.parametrize("micro", [1, 2])
 def test_experts_that_only_some_ranks_use(env, bucket_mb, micro):
     expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, micro))
-    for stage in (0, 1, 2, 3):
-        found = on_processes(2, uneven_process, stage, bucket_mb, micro, env={**env, "ZEROLITE_PATIENCE": "1"})
-        assert equal(found, expected), stage
+    for rank, found in enumerate(on_processes(2, uneven_process, bucket_mb, micro, env={**env, "ZEROLITE_PATIENCE": "1"})):
+        assert [equal(result, expected[rank]) for result in found] == [True] * 4
 
 
 def released(rank):
@@ -87,7 +85,14 @@ def test_a_block_with_an_unused_expert_is_released_like_others():
     assert on_processes(2, released, env=GROUP) == [1, 1]  # without what is prefetched
 
 
-def thrown_away(rank, stage, how):
+CASES = [(stage, how) for stage in (0, 1, 2, 3) for how in ("zero_grad", "none", "nan")]
+
+
+def thrown_away(rank):
+    return [case for case in CASES if not nothing_is_left(rank, *case)]
+
+
+def nothing_is_left(rank, stage, how):
     def run(disturb):
         model, optimizer = make(Run(stage=stage), None)
         if disturb:
@@ -109,14 +114,15 @@ def thrown_away(rank, stage, how):
 
 
 @everywhere
-@stages
-@pytest.mark.filterwarnings("ignore:zerolite. a gradient is not finite")
-@pytest.mark.parametrize("how", ["zero_grad", "none", "nan"])
-def test_a_backward_that_is_thrown_away_leaves_nothing(env, stage, how):
-    assert all(on_processes(2, thrown_away, stage, how, env=env, timeout=15))
+def test_a_backward_that_is_thrown_away_leaves_nothing(env):
+    assert on_processes(2, thrown_away, env=env, timeout=15) == [[], []]
 
 
-def dropped_and_unused(rank, stage):
+def dropped_and_unused(rank):
+    return [stage for stage in (0, 1, 2, 3) if not stays_dropped(rank, stage)]
+
+
+def stays_dropped(rank, stage):
     """Gradients set to None after a first backward do not come back on the rank that does not use the parameter again."""
 
     def run(first):
@@ -132,12 +138,15 @@ def dropped_and_unused(rank, stage):
 
 
 @everywhere
-@stages
-def test_a_dropped_gradient_does_not_come_back(env, stage):
-    assert all(on_processes(2, dropped_and_unused, stage, env=env))
+def test_a_dropped_gradient_does_not_come_back(env):
+    assert on_processes(2, dropped_and_unused, env=env) == [[], []]
 
 
-def cleared_on_one(rank, stage, how):
+def cleared_on_one(rank):
+    return [refused(rank, stage, how) for stage in (0, 1, 2, 3) for how in ("zero_grad", "zero_")]
+
+
+def refused(rank, stage, how):
     model, optimizer = make(Run(stage=stage), None)
     loss_of(model, tokens_for(0, 0, rank)).backward()
     if rank == 1 and how == "zero_grad":
@@ -156,13 +165,10 @@ def cleared_on_one(rank, stage, how):
     return message, equal(clean, finish(other, optimizer))
 
 
-@stages
-@pytest.mark.parametrize(
-    ("how", "text"), [("zero_grad", "cleared on some ranks only"), ("zero_", "zeroed or set to None on some")]
-)
-def test_gradients_cleared_on_one_rank_are_refused_on_all(stage, how, text):
-    for message, same in on_processes(2, cleared_on_one, stage, how, timeout=15):
-        assert text in message and same
+def test_gradients_cleared_on_one_rank_are_refused_on_all():
+    for found in on_processes(2, cleared_on_one, timeout=15):
+        for (message, same), text in zip(found, ["cleared on some ranks only", "zeroed or set to None"] * 4, strict=True):
+            assert text in message and same
 
 
 def thawed(rank, clip):
@@ -198,6 +204,10 @@ def test_a_rank_outside_of_the_group_is_told():
     assert "expected a group with this rank in it, got one that rank 2 is not part of" in found[2][1][1]
 
 
+def late_at_every_stage(rank):
+    return [late_on_one(rank, stage) for stage in (0, 1, 2, 3)]
+
+
 def late_on_one(rank, stage):
     """A parameter that is trained from a second micro-batch on, by one rank."""
     model = seeded(Experts)
@@ -213,5 +223,5 @@ def late_on_one(rank, stage):
 
 @everywhere
 def test_a_parameter_that_one_rank_begins_to_train(env):
-    results = [on_processes(2, late_on_one, stage, env=env, timeout=15) for stage in (0, 1, 2, 3)]
-    assert all(equal(result, results[0]) for result in results)
+    for results in on_processes(2, late_at_every_stage, env=env, timeout=15):
+        assert all(equal(result, results[0]) for result in results)
