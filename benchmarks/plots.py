@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row, read
+from benchmarks.targets import disturbed
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 WORK = {"zerolite": 20.0, "torch": 20.0, "DeepSpeed": 20.0, "read": 4.0}  # operations an element of an Adam update, about
@@ -23,13 +24,15 @@ def draw(results: Path, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row for path in sorted(results.glob("step-*.jsonl")) for row in read(path) if row["benchmark"] == "step"]
+    blocks = [[row for row in read(path) if row["benchmark"] == "step"] for path in sorted(results.glob("step-*.jsonl"))]
+    steps = [row for block in blocks for row in block]
+    calm = [row for block in blocks if not disturbed(block) for row in block]
     kernels = read(results / "update.jsonl") + read(results / "passes.jsonl")
     ahead = [row for row in read(results / "scale.jsonl") if row["kind"] == "forecast" and row["fits"]]
     pictures: list[tuple[str, list[Row], Callable[[Any, list[Row]], None]]] = [
         ("memory-by-term", [r for r in largest_block(steps) if r.get("bytes_a_parameter") is not None], memory),
         ("step-by-part", largest_block(steps), parts),
-        ("overhead-against-size", steps if len({r["numel"] for r in steps}) > 1 else [], overhead),
+        ("overhead-against-size", calm if len({r["numel"] for r in calm}) > 1 else [], overhead),
         ("roofline", kernels if any("peak_flops" in row for row in kernels) else [], roofline),
         ("scale", ahead, scale),
     ]
