@@ -52,8 +52,9 @@ def load(folder):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("file_bytes", [5_000_000_000, 4_000])
-def test_files_equal_the_state_dict(stage, dtype, file_bytes, tmp_path):
+def test_files_equal_the_state_dict(stage, dtype, tmp_path):
+    file_bytes = 4_000 if stage % 2 else 5_000_000_000
+
     def body(comm):
         model, optimizer = make(Run(stage=stage, dtype=dtype, bucket_mb=1e-3), comm, seeded(Odd))
         train(model, optimizer, comm.rank)
