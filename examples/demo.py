@@ -190,7 +190,7 @@ def main() -> None:
     """Runs, compares, draws."""
     began = time.perf_counter()
     (OUT / "demo").mkdir(parents=True, exist_ok=True)
-    print(f"A small GPT-2 learns the source of Python's standard library: {len(RUNS)} runs of {RANKS} ranks, about 4 minutes.")
+    print(f"A small GPT-2 learns the source of Python's standard library: {len(RUNS)} runs of {RANKS} ranks, 2 to 4 minutes.")
     print(f"\n[0/{len(RUNS)}] the text's tokens, once, outside of what is measured", flush=True)
     start("text", [SCRIPT, "--model", "tiny", "--steps", "1", "--out", str(OUT)])
     results = {}
