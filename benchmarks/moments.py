@@ -24,6 +24,7 @@ from benchmarks.harness import ROOT, shown, store
 KINDS = ("fp32", "bf16", "int8")
 LAST = 20
 COLOURS = {"fp32": "#222222", "bf16": "#1f77b4", "int8": "#d62728"}
+STYLES = ("solid", "dashed", "dotted")  # of seeds
 
 
 def run(args: argparse.Namespace, kind: str, seed: int, folder: str) -> dict[str, Any]:
@@ -55,15 +56,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     curves = {(row["moments"], row["seed"]): smooth(row["losses"]) for row in rows}
     for (kind, seed), curve in curves.items():
         label = {"label": f"{kind} moments"} if seed == 0 else {}
-        style = ("-", "--", ":")[seed % 3]
+        style = STYLES[seed % len(STYLES)]
         top.plot(curve, style, color=COLOURS[kind], linewidth=1, alpha=0.8, **label)
         if kind != "fp32":
             away = [100 * (ours / theirs - 1) for ours, theirs in zip(curve, curves["fp32", seed], strict=True)]
             bottom.plot(away, style, color=COLOURS[kind], linewidth=1, alpha=0.8)
     count, parameters = 1 + max(row["seed"] for row in rows), rows[0]["parameters"]
-    seeds = ", ".join(
-        f"{style} {seed}" for seed, style in zip(range(count), ("solid", "dashed", "dotted") * count, strict=False)
-    )
+    seeds = ", ".join(f"{STYLES[seed % len(STYLES)]} {seed}" for seed in range(count))
     top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, mean of {LAST} steps; seeds: {seeds}", fontsize=10)
     top.set_ylabel("loss")
     top.legend(frameon=False)

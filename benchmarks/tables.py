@@ -56,7 +56,7 @@ Target: within 3 % of the plan.
 
 
 def repeatable(command: str) -> str:
-    """A stored command without what belongs to one machine: the folder that its page went to."""
+    """A stored command as it is written today: without the folder that its page went to, and as a module."""
     return re.sub(r" --docs \S+", "", command).replace("python benchmarks/moments.py", "python -m benchmarks.moments")
 
 

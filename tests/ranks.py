@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from zerolite.comm.threads import Meeting
 
+GROUP = {"ZEROLITE_SHARED": "0"}  # messages over gloo, as between hosts
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "zerolite"])
 

@@ -486,13 +486,17 @@ def test_nested_groups_limit_too(tmp_path, monkeypatch):
             "cpu.max": "max 1",
         },
         "slice/job": {"memory.max": "max", "cpu.max": "1200000 100000"},
-        "memory/batch/job_1": {"memory.limit_in_bytes": "3000000", "memory.usage_in_bytes": "100000", "memory.stat": "cache 1"},
+        "memory/batch/job_1": {
+            "memory.limit_in_bytes": "3000000",
+            "memory.usage_in_bytes": "2000000",
+            "memory.stat": "inactive_file 1\ntotal_inactive_file 200000",  # of groups inside it too
+        },
         "cpu/job": {"cpu.cfs_quota_us": "700000", "cpu.cfs_period_us": "100000"},
     }.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text + "\n")
-    assert free > 5000000 and host.usable_memory() == (1500000, 3000000)
+    assert free > 5000000 and host.usable_memory() == (1200000, 3000000)
     assert host.usable_cores() == 7
 
 

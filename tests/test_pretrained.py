@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for
-from ranks import on_processes, on_threads
+from ranks import GROUP, on_processes, on_threads
 from torch import nn
 
 import zerolite
 
 st = pytest.importorskip("safetensors.torch")
-GROUP = {"ZEROLITE_SHARED": "0"}
 
 
 def on_meta(build, init=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
-from ranks import on_processes, on_threads, outcomes
+from ranks import GROUP, on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
@@ -24,9 +25,6 @@ from zerolite import parts
 
 def train_processes(rank, runs):
     return [train(None, rank, run) for run in runs]
-
-
-GROUP = {"ZEROLITE_SHARED": "0"}  # messages over gloo, as between hosts
 
 
 @pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
@@ -474,8 +472,8 @@ def test_a_write_to_a_shared_parameter_stays_with_its_rank(stage):
         assert torch.equal(master, torch.full((13,), 2.0)) and scale_master == 2.0
 
 
-def refused(rank, what):
-    """A step where one rank is refused something that sharing needs."""
+def refused(rank, what, missing):
+    """A step where one rank is refused something that sharing needs, or its platform does not have it."""
     seen = []
     logging.getLogger("zerolite").addHandler(
         type("H", (logging.Handler,), {"emit": lambda self, r: seen.append(r.getMessage())})()
@@ -487,19 +485,20 @@ def refused(rank, what):
         def denied(*args, **kwargs):
             if paths and not str(args[0]).startswith("/proc/"):
                 return allowed(*args, **kwargs)
-            raise PermissionError("no access")
+            raise AttributeError("no such call") if missing else PermissionError("no access")
 
         setattr(os, what, denied)
     result = train(None, rank, Run(stage=2, steps=2))
     return result["losses"], seen
 
 
-@pytest.mark.parametrize("what", ["open", "memfd_create", "pidfd_open"])
-def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once(what):
+@pytest.mark.parametrize("what, missing", [("open", False), *itertools.product(["memfd_create", "pidfd_open"], [False, True])])
+def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once(what, missing):
     plain = on_processes(2, train_processes, [Run(stage=2, steps=2)], env=GROUP)
-    for rank, (losses, seen) in enumerate(on_processes(2, refused, what)):
+    why = "OSError: no such call" if missing else "PermissionError: no access"
+    for rank, (losses, seen) in enumerate(on_processes(2, refused, what, missing)):
         assert losses == plain[rank][0]["losses"]
-        assert len(seen) == (1 if rank == 0 else 0) and all("cannot share memory (PermissionError" in text for text in seen)
+        assert len(seen) == (1 if rank == 0 else 0) and all(f"cannot share memory ({why})" in text for text in seen)
 
 
 def shared_bytes(rank):

@@ -517,6 +517,26 @@ def test_deep_copies_inside_meta_init_keep_how_they_begin():
     assert all(bool(p.isnan().all()) for p in model.parameters())
 
 
+def test_meta_parameters_that_move_to_another_module_keep_how_they_begin():
+    class Bare(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return x @ self.weight
+
+    with zerolite.meta_init(init=False):
+        source = nn.Linear(4, 4, bias=False)
+    moved = Bare(source.weight)  # knows no recipe, and needs none
+    sgd(moved, 2)
+    assert bool(moved.weight.isnan().all())
+    with zerolite.meta_init():
+        source = nn.Linear(4, 4, bias=False)
+    with pytest.raises(ValueError, match=r"parameter 'weight': expected a way to initialise it .* got none in Bare"):
+        sgd(Bare(source.weight), 2)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_state_that_was_made_when_the_optimizer_was_built_is_saved(whole):
     def build():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for
-from ranks import on_processes, on_threads, outcomes
+from ranks import GROUP, on_processes, on_threads, outcomes
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import zerolite
 
-GROUP = {"ZEROLITE_SHARED": "0"}
 everywhere = pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
 
 
@@ -28,9 +28,18 @@ class Expert(Block):
 
 
 class Experts(Net):
+    order = (0, 1, 2, 3)  # in which blocks run
+    reentrant = False  # whether each is recomputed in a backward of its own
+
     def __init__(self):
         super().__init__(blocks=0)
         self.blocks = nn.ModuleList(Expert(13) for _ in range(4))
+
+    def forward(self, tokens):
+        x = self.embed(tokens) * self.scale
+        for k in self.order:
+            x = checkpoint(self.blocks[k], x, use_reentrant=True) if self.reentrant else self.blocks[k](x)
+        return self.head(self.norm(x))
 
     def use(self, flags):
         for block, flag in zip(self.blocks, flags, strict=True):
@@ -44,15 +53,33 @@ def finish(model, optimizer):
         return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
 
 
-def uneven(group, rank, stage, bucket_mb, micro):
+def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
     """Each rank leaves out other experts, and in the first micro-batch others than in the second."""
     model, optimizer = make(Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16), group, seeded(Experts))
+    model.reentrant = how == "reentrant"
+    if how == "order":
+        model.order = (2, 0, 3, 1)
+    best = None
     for step in range(3):
         for part in range(micro):
-            model.use([(step + part + rank + k) % 3 != 0 for k in range(4)])
-            loss_of(model, tokens_for(step, part, rank)).backward()
+            model.use([(step + part + rank + k) % 3 != 0 and not (how == "held" and k == 1) for k in range(4)])
+            loss = loss_of(model, tokens_for(step, part, rank))
+            loss.backward()
+            if how == "held" and rank == 0 and best is None:
+                best = loss  # and its graph
+            if how == "clip":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         result = finish(model, optimizer)
     return result
+
+
+@everywhere
+@pytest.mark.parametrize("bucket_mb", [25.0, 1e-6])
+@pytest.mark.parametrize("how", ["clip", "held", "order", "reentrant"])
+def test_experts_beside_what_else_loops_do(env, bucket_mb, how):
+    expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, 2, how))
+    found = on_processes(2, uneven_process, bucket_mb, 2, how, env={**env, "ZEROLITE_PATIENCE": "1"}, timeout=15)
+    assert [[equal(result, expected[rank]) for result in results] for rank, results in enumerate(found)] == [[True] * 4] * 2
 
 
 def uneven_process(rank, *args):
@@ -142,17 +169,33 @@ def test_a_dropped_gradient_does_not_come_back(env):
     assert on_processes(2, dropped_and_unused, env=env) == [[], []]
 
 
-def cleared_on_one(rank):
-    return [refused(rank, stage, how) for stage in (0, 1, 2, 3) for how in ("zero_grad", "zero_")]
+REFUSED = {
+    "zero_grad": "cleared on some ranks only",
+    "zero_": "zeroed or set to None",
+    "zero_ earlier": "zeroed or set to None on some ranks only, or between other backwards",
+    "scaled": "different factors",
+    "scaled between": "different factors on different ranks, or between other backwards",
+}
+
+
+def treated_on_one(rank):
+    return [refused(rank, stage, how) for stage in (0, 1, 2, 3) for how in REFUSED]
 
 
 def refused(rank, stage, how):
     model, optimizer = make(Run(stage=stage), None)
     loss_of(model, tokens_for(0, 0, rank)).backward()
+    weight = model.blocks[0].norm.weight
     if rank == 1 and how == "zero_grad":
         optimizer.zero_grad()
-    elif rank == 1:
-        model.blocks[0].norm.weight.grad.zero_()
+    elif rank == 1 and how in ("zero_", "zero_ earlier"):
+        weight.grad.zero_()
+    elif rank == 1 and how.startswith("scaled"):
+        weight.grad.mul_(0.5)
+    if how in ("zero_ earlier", "scaled between"):
+        loss_of(model, tokens_for(0, 1, rank)).backward()
+    if rank == 0 and how == "zero_ earlier":
+        weight.grad.zero_()
     try:
         optimizer.step()
     except ValueError as error:
@@ -165,10 +208,41 @@ def refused(rank, stage, how):
     return message, equal(clean, finish(other, optimizer))
 
 
-def test_gradients_cleared_on_one_rank_are_refused_on_all():
-    for found in on_processes(2, cleared_on_one, timeout=15):
-        for (message, same), text in zip(found, ["cleared on some ranks only", "zeroed or set to None"] * 4, strict=True):
+def test_gradients_treated_otherwise_on_one_rank_are_refused_on_all():
+    for found in on_processes(2, treated_on_one, timeout=15):
+        for (message, same), text in zip(found, [*REFUSED.values()] * 4, strict=True):
             assert text in message and same
+
+
+def cleared_alike(rank, stage):
+    """What is this rank's own, or cleared on all ranks by whatever call, is not refused."""
+    model, optimizer = make(Run(stage=stage), None)
+    weight = model.blocks[0].norm.weight
+    with optimizer.no_sync():
+        loss_of(model, tokens_for(0, 0, rank)).backward()
+    if rank == 1:
+        weight.grad.zero_()  # of this rank's own sum
+    loss_of(model, tokens_for(0, 1, rank)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for part in range(3):
+        loss_of(model, tokens_for(1, part, rank)).backward()
+        (model if rank == 0 else optimizer).zero_grad()
+    loss_of(model, tokens_for(1, 3, rank)).backward()
+    assert optimizer._parts.grads._history.rounds == 1 and not optimizer._parts.grads._history.dropped
+    weight.grad.zero_()
+    if rank == 1:
+        weight.grad.zero_()  # again
+    return finish(model, optimizer)
+
+
+def test_gradients_cleared_alike_are_not_refused():
+    for results in on_processes(2, all_cleared_alike, timeout=15):
+        assert all(equal(result, results[0]) for result in results)
+
+
+def all_cleared_alike(rank):
+    return [cleared_alike(rank, stage) for stage in (0, 1, 2, 3)]
 
 
 def thawed(rank, clip):

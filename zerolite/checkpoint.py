@@ -49,8 +49,10 @@ def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket],
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
             index = positions.get(entry.param)
+            if index is None:
+                continue
             values = read_piece(bucket, number, piece, entry)
-            if index is None or not _begun(entry, values):
+            if not _begun(entry, values):
                 continue
             state[index] = {name: _copy(value) for name, value in values.items()}
             pieces[index] = [piece.start, piece.stop]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable
 from itertools import compress, repeat
@@ -14,7 +16,7 @@ from torch import Tensor
 from zerolite.entry import HELD, NONE, USED, Entry
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
-from zerolite.reducer import Reducer, grads_of
+from zerolite.reducer import History, Reducer, grads_of
 
 _strided = torch.strided
 _grad = attrgetter("grad")
@@ -52,9 +54,7 @@ class Grads:
         self._ready: dict[float, dict[int, Tensor]] = {}  # norms as tensors, by position, until they are asked for
         self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
-        # What has to be alike on all ranks when a step begins, as `reducer.agree` sees to:
-        self._rounds = 0  # synchronised backwards since all gradients were cleared or used up
-        self._dropped: list[int] = []  # whose gradients were dropped or zeroed since then
+        self._history = History()
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -79,12 +79,15 @@ class Grads:
             for entry in compress(self.entries, gone):
                 if entry.live:
                     self.drop(entry)
+            if max(self.table.state) < 0:  # nothing is left, as after zero_grad()
+                self._reset()
         if self.table.plain:
             return
         scaled = [entry for entry in self.entries if entry.factor != 1.0 and entry.live]
         if scaled:
             self.reducer.flush()
             self.reducer.version += 1
+            self._history.scaled.append((self._history.rounds, zlib.crc32(array("d", self.table.factors))))
         for entry in scaled:
             grads_of(entry.bucket).multiply(entry.slot, entry.factor)
         self.table.factors[:] = [1.0] * len(self.entries)
@@ -100,7 +103,7 @@ class Grads:
         everything = state.count(self.reducer.task) == len(state)  # came in this backward
         ours = [True] * len(state) if everything else list(map(is_not, map(_grad, params), repeat(None)))
         present = self.reducer.union(ours, "step backward")
-        self._rounds += 1
+        self._history.rounds += 1
         late: list[Entry] = []
         if self.table.trained < len(self.entries):
             late = [e for e in self.entries if e.handle is None and present[e.index]]
@@ -248,7 +251,8 @@ class Grads:
     def drop(self, entry: Entry) -> None:
         """Forgets what was collected for one parameter."""
         grads_of(entry.bucket).discard(entry.slot)
-        self._dropped.append(entry.index)
+        if self._history.rounds:  # before it is this rank's own
+            self._history.dropped.add((self._history.rounds, entry.index))
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -284,7 +288,7 @@ class Grads:
         """What takes part in the step, the same on every rank (a collective); see Reducer.agree for what raises."""
         present, replaced = self.scan()
         self._ours = present
-        present = self.reducer.agree(self.entries, present, replaced, self._rounds, sorted(self._dropped))
+        present = self.reducer.agree(self.entries, present, replaced, self._history)
         if self.table.trained == len(self.entries):
             return present
         late = [entry for entry in self.entries if present[entry.index] and entry.handle is None]
@@ -293,7 +297,7 @@ class Grads:
             for entry in late:
                 if entry.param.grad is not None:
                     self.assign(entry, entry.param.grad)
-            self.reducer.agree(self.entries, present, [], self._rounds, [])
+            self.reducer.agree(self.entries, present, [], self._history)
         return present
 
     def assign(self, entry: Entry, grad: Tensor) -> None:
@@ -316,8 +320,7 @@ class Grads:
 
     def _reset(self) -> None:
         self.reducer.reset()
-        self._rounds = 0
-        self._dropped.clear()
+        self._history.clear()
 
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""

@@ -17,6 +17,7 @@ from zerolite.reducer import grads_of
 from zerolite.unit import Schedule, Unit
 
 _task = torch._C._current_graph_task_id
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _strided = torch.strided
 
 
@@ -186,16 +187,21 @@ class _Call:
         self.inputs = inputs
         self.left = 0  # inputs whose gradient is still to come in this backward
         self.task = -1  # the backward that has reached an output
+        self.last = False  # none can after it
         unit.runs.add(self)
 
     def over(self, task: int) -> bool:
-        """Whether this backward has come through, as far as its inputs' gradients tell."""
-        return self.task == task and self.inputs > 0 and self.left == 0
+        """Whether this backward has come through, as far as its inputs' gradients tell, or an earlier one that kept no graph
+        (which one rank may hold on to and another not)."""
+        if self.task == task:
+            return self.inputs > 0 and self.left == 0
+        return self.last and self.left == 0
 
     def reach(self, _: Any) -> None:
         task = torch._C._current_graph_task_id()
         if task != self.task:  # the first output's gradient in this backward
             self.task, self.left = task, self.inputs
+            self.last = not _keeps_graph()
             self.schedule.reach(self.unit, self.inputs > 0)
 
     def passed(self, _: Tensor) -> None:

@@ -23,7 +23,7 @@ def _groups(controller: str) -> list[Path]:
             base = _CGROUPS / controller if names else _CGROUPS
             inner = base / path.lstrip("/")
             folders.update(dict.fromkeys(p for p in (inner, *inner.parents) if p.is_relative_to(base)))
-    return [*folders, _CGROUPS, _CGROUPS / controller]
+    return list(folders | dict.fromkeys((_CGROUPS, _CGROUPS / controller)))
 
 
 def usable_cores() -> int:
@@ -59,7 +59,7 @@ def usable_memory() -> tuple[int, int]:
             with contextlib.suppress(OSError, ValueError):  # "max", or no such group: the host's
                 most = int((folder / limit).read_text())
                 cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(cache.get("inactive_file", 0))
+                used = int((folder / usage).read_text()) - int(cache.get("total_inactive_file", cache.get("inactive_file", 0)))
                 total, free = min(total, most), min(free, max(most - used, 0))
     return free, total
 

@@ -64,7 +64,8 @@ def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) 
             meta.__dict__.update(param.__dict__)
             made[param] = meta
         param = param if param.is_meta else made[param]
-        module.__dict__["zerolite_init"] = _inside.init  # of the module: deep copies keep no attributes of parameters
+        # Deep copies keep no attributes of parameters, and a parameter may be handed to another module.
+        module.__dict__["zerolite_init"] = param.__dict__["zerolite_init"] = _inside.init
     _register(module, name, param)
 
 
@@ -78,8 +79,11 @@ def _reset_of(module: nn.Module) -> Callable[[], None] | None:
 
 
 def init_of(module: nn.Module) -> Init:
-    """What meta_init was told for a module."""
-    return module.__dict__.get("zerolite_init", True)  # type: ignore[no-any-return]
+    """What meta_init was told for a module, or for the parameters that it was given."""
+    for known in (module, *module._parameters.values()):
+        if known is not None and "zerolite_init" in known.__dict__:
+            return known.__dict__["zerolite_init"]  # type: ignore[no-any-return]
+    return True
 
 
 def make_real(p: nn.Parameter, data: Tensor) -> None:
@@ -137,9 +141,9 @@ class Recipes:
         """Raises ValueError for meta parameters and buffers that nothing could fill."""
         for path, module in model.named_modules():
             prefix = f"{path}." if path else ""
-            recipe = self.of(module)
+            recipe, init = self.of(module), init_of(module)
             for name, p in module._parameters.items():
-                if p is not None and p.is_meta and init_of(module) is not False and recipe is None:
+                if p is not None and p.is_meta and init is not False and recipe is None:
                     raise ValueError(
                         f"parameter '{prefix}{name}': expected a way to initialise it off the meta device, got none in "
                         f"{type(module).__name__}. Give the module a reset_parameters(), or build the model under "

@@ -39,7 +39,8 @@ def load_pretrained(
 ) -> Loaded:
     """Loads safetensors files into the model of a ZeroOptimizer, at any stage (a collective: every rank calls it).
 
-    path    a file, a directory (with model.safetensors.index.json, or all its *.safetensors), or several files
+    path    a file, several, or a directory: what its model.safetensors.index.json lists, else its model.safetensors, else
+            all its *.safetensors
     strict  every parameter and persistent buffer is in the files, and nothing else; tied ones need one of their names
     rename  the files' name for one of the model's names
 
@@ -50,10 +51,7 @@ def load_pretrained(
     problem: Exception | None = None
     wanted = Wanted(model)
     try:
-        if built.schedule is not None and built.schedule.held:
-            raise RuntimeError("load_pretrained: expected to be called outside of full_params(), got called inside.")
-        built.updates.settle()
-        built.check_replaced()
+        at_rest(built, "load_pretrained")
         files = open_files(path)
         result = wanted.match(files, rename or (lambda name: name), strict)
         told: Any = digest(files)
@@ -91,6 +89,15 @@ def built_of(model: nn.Module, caller: str, instead: str) -> Built:
             f"ZeroOptimizer(optimizer, model) first; {instead}."
         )
     return built
+
+
+def at_rest(built: Built, caller: str) -> None:
+    """No update is under way, and nobody holds parameters. Raises RuntimeError inside full_params() at stage 3, and for
+    parameters that were replaced."""
+    if built.schedule is not None and built.schedule.held:
+        raise RuntimeError(f"{caller}: expected to be called outside of full_params(), got called inside.")
+    built.updates.settle()
+    built.check_replaced()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

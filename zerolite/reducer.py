@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from zerolite.kernels import exceeds_
 from zerolite.placement import Plan
 
 _task = torch._C._current_graph_task_id
+
+
+class History:
+    """What was done to gradients since all were cleared or used up, which has to be alike on all ranks when a step begins."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.rounds = 0  # synchronised backwards
+        self.dropped: set[tuple[int, int]] = set()  # (rounds before, entry) of averages that were dropped or zeroed
+        self.scaled: list[tuple[int, int]] = []  # (rounds before, checksum of all factors) where further backwards followed
 
 
 class Reducer:
@@ -39,6 +51,7 @@ class Reducer:
     open: bool  # a synchronised backward left something that has not gone out
     local: bool  # a backward under no_sync() did
     next: int  # position in `order` of the next bucket to go out in this backward
+    finished: set[int]  # ids of buckets of which no more comes in this backward
     version: int  # counts changes of gradients, but for what hooks take by themselves: see `moment`
     wait: Callable[[], None]  # until no update reads gradients any more
     at_start: list[Callable[[], None]]  # called when a backward begins
@@ -63,6 +76,7 @@ class Reducer:
             grads_of(bucket).clear()
         self.active = self.open = self.local = False
         self.next = 0
+        self.finished = set()
         self.version += 1
         self.suspect.zero_()
 
@@ -87,8 +101,8 @@ class Reducer:
             call()
         if self.sync and self.open:
             self._send()
-            for bucket in self.order:  # what is read only as the next round is packed, which a rank may never do
-                grads_of(bucket).finish()
+        for bucket in self.order if self.sync else []:  # else it is read as the next round is packed, which a rank may never do
+            grads_of(bucket).finish()
         if self.sync and self.local:
             self._widen()
         for bucket in self.order:
@@ -96,6 +110,7 @@ class Reducer:
         self.active = True
         self.task = _task()
         self.next = 0
+        self.finished = set()
         self.comm.ledger.note("backward", "begin")
         torch.autograd.Variable._execution_engine.queue_callback(self.leave)  # type: ignore[attr-defined]
 
@@ -130,16 +145,17 @@ class Reducer:
         """No more gradients of these come in this backward: they go out in their turn, complete or not, at a moment that is
         the same on ranks that used all of their parameters and on ranks that did not."""
         if self.active and self.sync:
-            self._advance({id(bucket) for bucket in buckets})
+            self.finished.update(map(id, buckets))
+            self._advance()
 
-    def _advance(self, over: Collection[int] = ()) -> None:
+    def _advance(self) -> None:
         """Sends complete buckets (and those that are `over`) while they are next in order, where gradients rest sharded; the
         one sent before is averaged meanwhile, and what is there at once at once."""
         if not self.plan.grads.sharded:
             return
         while self.next < len(self.order):
             grads = grads_of(self.order[self.next])
-            if not (grads.complete or id(self.order[self.next]) in over):
+            if not (grads.complete or id(self.order[self.next]) in self.finished):
                 return
             grads.start()
             if self.next > 0:
@@ -218,11 +234,9 @@ class Reducer:
         self.comm.max_(flags, what)
         return [bool(flag) for flag in flags.tolist()]
 
-    def agree(
-        self, entries: list[Entry], present: list[bool], replaced: list[int], rounds: int, dropped: list[int]
-    ) -> list[bool]:
-        """Which parameters have a gradient on any rank; compares ledgers, factors, replaced and dropped gradients and how many
-        backwards they are of over ranks, and shares the suspicion of non-finite values.
+    def agree(self, entries: list[Entry], present: list[bool], replaced: list[int], history: History) -> list[bool]:
+        """Which parameters have a gradient on any rank; compares ledgers, factors, replaced gradients and what was done to them
+        before over ranks, and shares the suspicion of non-finite values.
 
         Raises RankError where ranks took different paths, ValueError where their gradients were treated differently.
         Leaves `suspect`, `open` and `local` equal on all ranks.
@@ -230,7 +244,8 @@ class Reducer:
         ledger, table = self.comm.ledger, entries[0].table
         digest = ledger.digest
         factors = array("d", [] if table.plain else table.factors)
-        marks = [zlib.crc32(repr((replaced, dropped)).encode()), zlib.crc32(factors)]
+        dropped, scaled, rounds = sorted(history.dropped), repr(history.scaled).encode(), history.rounds
+        marks = [zlib.crc32(repr((replaced, dropped)).encode()), zlib.crc32(factors, zlib.crc32(scaled))]
         marks += [zlib.crc32(bytes(present)), rounds]
         for bucket in self.order:
             grads_of(bucket).look()
@@ -246,10 +261,10 @@ class Reducer:
                 + ". No state was changed. A module that only some ranks use must be gathered with its parent (units=...)."
             )
         if int(agreed[5]) != -int(agreed[6]):
-            names = [entries[index].name for index in dict.fromkeys(replaced + dropped)]
+            names = [entries[index].name for index in dict.fromkeys(replaced + [index for _, index in dropped])]
             raise ValueError(
-                f"p.grad was assigned, zeroed or set to None on some ranks only (here: {names}). Expected the same on every "
-                "rank, since gradients are averages over ranks. No state was changed."
+                f"p.grad was assigned, zeroed or set to None on some ranks only, or between other backwards (here: {names}). "
+                "Expected the same on every rank, since gradients are averages over ranks. No state was changed."
             )
         if int(agreed[11]) != -int(agreed[12]):
             raise ValueError(
@@ -258,8 +273,8 @@ class Reducer:
             )
         if int(agreed[7]) != -int(agreed[8]):
             raise ValueError(
-                "gradients were scaled by different factors on different ranks. Clip and unscale the same parameters on every "
-                "rank. No state was changed."
+                "gradients were scaled by different factors on different ranks, or between other backwards. Clip and unscale "
+                "the same parameters on every rank, at the same moment. No state was changed."
             )
         self.suspect.fill_(agreed[2])
         self.open, self.local = bool(agreed[3]), bool(agreed[4])

@@ -1,7 +1,8 @@
 """Reads element ranges of tensors out of safetensors files, and makes the header of one.
 
     file     | u64 length n | JSON of n bytes: {name: {dtype, shape, data_offsets}} | data |
-    index    model.safetensors.index.json: {"weight_map": {name: file}}
+    index    model.safetensors.index.json: {"weight_map": {name: file}}; a directory without it has model.safetensors, or files
+             of any name
 
 A reader of our own: the safetensors package maps whole files into the process, which counts as its memory under a limit,
 and its slices are whole rows. Here a rank reads the elements that it owns and nothing else.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # bytes, as the format's own reader has it
 DTYPES = {
     "F64": torch.float64,
@@ -122,6 +124,8 @@ def _files(path: Any) -> Sequence[Path]:
         if outside:
             raise ValueError(f"{index}: expected names of files beside it, got {outside[0]!r}.")
         return [path / name for name in names]
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{path}: expected {INDEX} or *.safetensors in it, got neither.")

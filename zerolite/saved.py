@@ -2,11 +2,13 @@
 
     each bucket   keep_writes -> collect_whole (every rank) -> rank 0 appends its parameters to the files
 
-Files are written beside and renamed when all are complete, so a killed run leaves what was there before.
+Files are written beside and renamed when all are complete, so a run that is killed leaves what was there before or all that
+is new, at any moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.build import Built
-from zerolite.pretrained import built_of, named_tensors
-from zerolite.safetensors import INDEX, header
-
-SINGLE = "model.safetensors"
+from zerolite.pretrained import at_rest, built_of, named_tensors
+from zerolite.safetensors import INDEX, SINGLE, header
 
 
 class Item(NamedTuple):
@@ -47,22 +47,19 @@ def save_pretrained(
 
     No rank holds more than one bucket (25 MiB, or one larger parameter) beyond its share. `load_pretrained`, transformers and
     the safetensors package read it; of tied parameters the first name is written. Raises on every rank: ValueError for a
-    model without a ZeroOptimizer, RuntimeError inside full_params() or where rank 0 could not write.
+    model without a ZeroOptimizer, RuntimeError inside full_params() at stage 3 or where rank 0 could not write.
     """
     built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
-    if built.schedule is not None and built.schedule.held:
-        raise RuntimeError("save_pretrained: expected to be called outside of full_params(), got called inside.")
     if file_bytes < 1:
         raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
-    built.updates.settle()
-    built.check_replaced()
+    at_rest(built, "save_pretrained")
     names = {tensor: name for name, tensor in reversed(named_tensors(model).items())}  # of tied ones the first
     problem: Exception | None = None
     files: Files | None = None
     if built.comm.rank == 0:
         try:
             files = Files(Path(folder), [item for item, _ in _tensors(built, names, masters, False)], file_bytes)
-        except OSError as error:
+        except Exception as error:  # whatever it is: the other ranks wait to be told
             problem = error
     with torch.no_grad():
         for _, values in _tensors(built, names, masters, True):  # every rank goes through, whatever happens to rank 0's disk
@@ -70,13 +67,15 @@ def save_pretrained(
                 try:
                     assert values is not None
                     files.append(values)
-                except OSError as error:
+                except Exception as error:
                     problem = error
-    if files is not None:
+    if files is not None and problem is None:
         try:
-            files.close(complete=problem is None)
-        except OSError as error:
-            problem = problem or error
+            files.close()
+        except Exception as error:
+            problem = error
+    if files is not None and problem is not None:
+        files.give_up()
     told = built.comm.share(f"{type(problem).__name__}: {problem}" if problem else "", "set-up save_pretrained")[0]
     if told:
         raise RuntimeError(
@@ -109,21 +108,22 @@ class Files:
     def __init__(self, folder: Path, items: list[Item], most: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        parts: list[list[Item]] = [[]]
+        self.parts: list[list[Item]] = [[]]
+        size = 0
         for item in items:
-            if parts[-1] and sum(i.nbytes for i in parts[-1]) + item.nbytes > most:
-                parts.append([])
-            parts[-1].append(item)
-        self.parts = parts
+            if self.parts[-1] and size + item.nbytes > most:
+                self.parts.append([])
+                size = 0
+            self.parts[-1].append(item)
+            size += item.nbytes
         self.names = [SINGLE]
         number = 0
-        while len(parts) > 1 and (number == 0 or any((folder / name).exists() for name in self.names)):
-            stem = (
-                f"model_{number}" if number else "model"
-            )  # other names than the last ones, which are valid until the index is
-            self.names = [f"{stem}-{k:05}-of-{len(parts):05}.safetensors" for k in range(1, len(parts) + 1)]
+        # Several files have names that are free: an earlier save is valid until the index is replaced.
+        while len(self.parts) > 1 and (number == 0 or any((folder / name).exists() for name in self.names)):
+            stem = f"model_{number}" if number else "model"
+            self.names = [f"{stem}-{k:05}-of-{len(self.parts):05}.safetensors" for k in range(1, len(self.parts) + 1)]
             number += 1
-        self.todo = [(k, item) for k, part in enumerate(parts) for item in part]
+        self.todo = ((k, item) for k, part in enumerate(self.parts) for item in part)
         self.open: Any = None
         self.at = -1
         self.places: dict[str, int] = {}  # in the file under way
@@ -133,7 +133,7 @@ class Files:
 
     def append(self, values: Tensor) -> None:
         """The next tensor."""
-        number, item = self.todo.pop(0)
+        number, item = next(self.todo)
         if number != self.at:
             self._finish()
             self.at = number
@@ -152,26 +152,41 @@ class Files:
             self.open.close()
             self.open = None
 
-    def close(self, complete: bool) -> None:
-        """Puts the files in place, or takes away what was begun."""
-        index = self.folder / INDEX
-        if not complete:
-            if self.open is not None:
-                self.open.close()
-            for name in [*self.names, INDEX]:
-                self._new(name).unlink(missing_ok=True)
-            return
+    def close(self) -> None:
+        """Puts the files in place. Readers take the index or, where there is none, the single file, so that what they find is
+        the earlier save until the last name here has been replaced, and this one from then on."""
         self._finish()
-        old = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-        old = {name for name in old if Path(name).name == name} | {SINGLE}
-        for name in self.names:
-            self._new(name).replace(self.folder / name)
+        index = self.folder / INDEX
+        old = _listed(index).difference(self.names)
         if len(self.names) > 1:
             where = {item.name: name for name, part in zip(self.names, self.parts, strict=True) for item in part}
             total = sum(item.nbytes for part in self.parts for item in part)
             self._new(INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1) + "\n")
+        for name in self.names:
+            self._new(name).replace(self.folder / name)
+        if len(self.names) > 1:
             self._new(INDEX).replace(index)
         else:
             index.unlink(missing_ok=True)
-        for name in old.difference(self.names):
+        self.names = []  # nothing of this save is taken away any more
+        for name in old:
             (self.folder / name).unlink(missing_ok=True)
+
+    def give_up(self) -> None:
+        """Takes away what was begun; what was there before stays."""
+        with contextlib.suppress(OSError):
+            if self.open is not None:
+                self.open.close()
+        for name in [*self.names, INDEX]:
+            with contextlib.suppress(OSError):
+                self._new(name).unlink(missing_ok=True)
+                if name not in (SINGLE, INDEX):
+                    (self.folder / name).unlink(missing_ok=True)
+
+
+def _listed(index: Path) -> set[str]:
+    """Files of an earlier save beside its index."""
+    names = [SINGLE]
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or not one of ours
+        names += [name for name in json.loads(index.read_text())["weight_map"].values() if Path(name).name == name]
+    return set(names)

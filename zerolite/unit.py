@@ -200,6 +200,8 @@ class Schedule:
             self.open = True
             for leaf in self.units:
                 self._watch(leaf)
+        if self.in_backward() and not unit.reached:  # a recomputation whose graph is a backward of its own
+            self._send_over(unit)
         unit.ready()
         if not unit.reached:
             self._prefetch(unit, -1 if self.in_backward() else 1)

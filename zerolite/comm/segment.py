@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,17 @@ PAGE = mmap.PAGESIZE
 _HELD, _FILE = 3 << 62, 1 << 61
 
 
+def attempt(call: Callable[[], None]) -> OSError | None:
+    """What this rank alone may fail at, perhaps because its platform or its Python has no such call, for others to be told."""
+    try:
+        call()
+    except OSError as error:
+        return error
+    except AttributeError as error:
+        return OSError(str(error))
+    return None
+
+
 class Segment:
     """One shared region of `size` bytes; `share` exchanges small values between the ranks, and raises an OSError that any rank
     put in on all of them."""
@@ -36,28 +48,24 @@ class Segment:
 
     def __init__(self, size: int, rank: int, share: Any, private: bool) -> None:
         self.size = -(-max(size, 1) // PAGE) * PAGE
-        fd = -1
+        self._fd = -1
         try:
-            problem = None
-            try:
-                if rank == 0:
-                    fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
-                    os.ftruncate(fd, self.size)
-            except OSError as error:
-                problem = error
-            pid, number = share(problem or (os.getpid(), fd))[0]
-            try:
-                if rank != 0:
-                    fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-                self._map(fd, private)
-            except OSError as error:
-                problem = error
-            share(problem)  # everyone has mapped it before rank 0 closes
+            problem = attempt(self._make) if rank == 0 else None
+            pid, number = share(problem or (os.getpid(), self._fd))[0]
+            path = None if rank == 0 else f"/proc/{pid}/fd/{number}"
+            share(attempt(lambda: self._map(path, private)))  # everyone has mapped it before rank 0 closes
         finally:
-            if fd >= 0:
-                os.close(fd)
+            if self._fd >= 0:
+                os.close(self._fd)
 
-    def _map(self, fd: int, private: bool) -> None:
+    def _make(self) -> None:
+        self._fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, self.size)
+
+    def _map(self, path: str | None, private: bool) -> None:
+        if path is not None:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = self._fd
         found = os.fstat(fd).st_size
         if found != self.size:
             raise OSError(f"shared segment: expected {self.size} bytes, got {found}")

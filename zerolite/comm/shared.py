@@ -27,7 +27,7 @@ from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.group import PATIENCE, GroupComm
 from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import shared_lanes
-from zerolite.comm.segment import PAGE, Segment
+from zerolite.comm.segment import PAGE, Segment, attempt
 from zerolite.kernels import kernels_in_use
 
 log = logging.getLogger("zerolite")
@@ -99,16 +99,14 @@ class SharedComm:
         self.place, self.places = self.here.index(self.rank), len(self.here)
         self._watched: list[int] = []
         self._poll = select.poll()
-        pids, problem = group.share(os.getpid(), "set-up processes"), None
-        try:
-            for rank in self.here:
-                if rank != self.rank:
-                    self._watched.append(os.pidfd_open(pids[rank]))
-                    self._poll.register(self._watched[-1], select.POLLIN)
-        except OSError as error:
-            problem = error
-        self.share_here(problem)
+        pids = group.share(os.getpid(), "set-up processes")
+        self.share_here(attempt(lambda: self._watch([pids[rank] for rank in self.here if rank != self.rank])))
         self.board = Board(self) if len(self.hosts) == 1 else None
+
+    def _watch(self, pids: list[int]) -> None:
+        for pid in pids:
+            self._watched.append(os.pidfd_open(pid))
+            self._poll.register(self._watched[-1], select.POLLIN)
 
     def __del__(self) -> None:
         for descriptor in self._watched:
