@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, pss, quantiles, shown, store
+from benchmarks.harness import Row, physical, quantiles, shown, store
 from benchmarks.models import KNOWN, Shape
 from benchmarks.progress import Progress
 from zerolite import ZeroOptimizer, meta_init
@@ -110,11 +110,11 @@ def construct(model: str, stage: int, size: int, every: int, progress: Progress)
         progress.next(f"stage {stage}, rank {rank} of {size}")
         gc.collect()
         trim_heap()
-        before = pss([os.getpid()])
+        before = physical([os.getpid()], 1)
         start = time.perf_counter()
         built, optimizer = build(shape, stage, rank, size)
         seconds.append(time.perf_counter() - start)
-        held.append(pss([os.getpid()]) - before)
+        held.append(physical([os.getpid()], 1) - before)
         for name, ranges in owned(optimizer).items():
             pieces.setdefault(name, []).extend(ranges)
         sizes = sizes or {name: p.numel() for name, p in shape_parameters(shape)}

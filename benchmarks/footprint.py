@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.harness import on_ranks, pss, shown, store
+from benchmarks.harness import on_ranks, physical, shown, store
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def worker(args: argparse.Namespace) -> None:
     def measured() -> int:
         gc.collect()
         trim_heap()
-        total = torch.tensor([pss([os.getpid()])])
+        total = torch.tensor([physical([os.getpid()], dist.get_world_size())])
         dist.all_reduce(total)
         return int(total)
 

@@ -89,7 +89,7 @@ def on_ranks(
 ) -> Row | str:
     """Runs `python -m command --out FILE` once for each rank, with its part of the cores; the JSON that rank 0 wrote to FILE.
 
-    sample  also "peak": the largest sum over ranks of PSS, bytes (a page that ranks share counts once)
+    sample  also "peak": the most bytes of `physical` memory of all ranks
     limit   of that sum: beyond it the ranks are killed and OverLimit is raised
 
     "others" is what other processes took meanwhile, in cores. Where it fails, the end of the log.
@@ -109,7 +109,7 @@ def on_ranks(
             try:
                 while any(rank.poll() is None for rank in running):
                     if sample:
-                        peak = max(peak, pss([rank.pid for rank in running]))
+                        peak = max(peak, physical([rank.pid for rank in running], ranks))
                     if limit is not None and peak > limit:
                         raise OverLimit(peak)
                     if time.monotonic() > deadline:
@@ -159,13 +159,20 @@ def _reason(log: str) -> str:
 # ---- memory and the wire
 
 
-def pss(pids: list[int]) -> int:
-    """Bytes of physical memory of some processes, shared pages once."""
+def physical(pids: list[int], ranks: int) -> int:
+    """Bytes of physical memory of some of a run's processes, which has `ranks` that map the same files; shared pages once.
+
+    The kernel's PSS, but for pages of files (libraries): those it divides by all processes that map them, which others of
+    this machine may be too, so each rank counts its part of them among ranks.
+    """
     total = 0
     for pid in pids:
         for line in _lines(f"/proc/{pid}/smaps_rollup"):
-            if line.startswith("Pss:"):
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 total += int(line.split()[1]) * 1024
+        for line in _lines(f"/proc/{pid}/status"):
+            if line.startswith("RssFile:"):
+                total += int(line.split()[1]) * 1024 // ranks
     return total
 
 

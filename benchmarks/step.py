@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, loopback, on_ranks, pss, quantile, quantiles
+from benchmarks.harness import Row, loopback, on_ranks, physical, quantile, quantiles
 from benchmarks.models import KNOWN, Shape
 
 PHASES = ("forward", "backward", "update")
@@ -158,13 +158,14 @@ class Memory:
     def rest(self) -> tuple[int, int | None]:
         """What is held now, once what was freed is given back."""
         import torch
+        import torch.distributed as dist
 
         from zerolite.host import trim_heap
 
         gc.collect()
         trim_heap()
         held = torch.cuda.memory_allocated() if self.device.type == "cuda" else None
-        return self._sum(pss([os.getpid()])), None if held is None else self._sum(held)
+        return self._sum(physical([os.getpid()], dist.get_world_size())), None if held is None else self._sum(held)
 
     def peak(self) -> int | None:
         """The most that the device's allocator gave out."""
