@@ -57,10 +57,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for (kind, seed), curve in curves.items():
         label = {"label": f"{kind} moments"} if seed == 0 else {}
         style = STYLES[seed % len(STYLES)]
-        top.plot(curve, style, color=COLOURS[kind], linewidth=1, alpha=0.8, **label)
+        top.plot(curve, linestyle=style, color=COLOURS[kind], linewidth=1, alpha=0.8, **label)
         if kind != "fp32":
             away = [100 * (ours / theirs - 1) for ours, theirs in zip(curve, curves["fp32", seed], strict=True)]
-            bottom.plot(away, style, color=COLOURS[kind], linewidth=1, alpha=0.8)
+            bottom.plot(away, linestyle=style, color=COLOURS[kind], linewidth=1, alpha=0.8)
     count, parameters = 1 + max(row["seed"] for row in rows), rows[0]["parameters"]
     seeds = ", ".join(f"{STYLES[seed % len(STYLES)]} {seed}" for seed in range(count))
     top.set_title(f"GPT-2 of {parameters / 1e6:.1f} M parameters, mean of {LAST} steps; seeds: {seeds}", fontsize=10)
@@ -97,8 +97,9 @@ def main() -> None:
         both = [(row, other) for row in rows for other in rows if row["seed"] == other["seed"] and other["moments"] == "fp32"]
         away = [100 * (row["end"] / other["end"] - 1) for row, other in both if row["moments"] == kind]
         print(f"{kind}: {sum(away) / len(away):+.2f} % from fp32 (from {min(away):+.2f} to {max(away):+.2f})")
+    place = shown(store("moments", rows))
     draw(rows, ROOT / "docs" / "moments.png")
-    print(f"stored in {shown(store('moments', rows))} and docs/moments.png")
+    print(f"stored in {place} and docs/moments.png")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from benchmarks import (
     construct,
     harness,
     largest,
+    moments,
     plots,
     reasons,
     report,
@@ -348,6 +349,21 @@ def test_overheads_are_drawn_of_the_processor_with_most_rows():
     lines = [(line.get_label(), len(line.get_xdata())) for line in figure.axes[0].get_lines() if len(line.get_xdata())]
     assert lines == [("FSDP2", 3), ("zerolite 2", 3)] and figure.get_suptitle() == "one"
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["FSDP2", "zerolite 2"]
+    pyplot.close(figure)
+
+
+def test_seeds_are_told_apart_by_the_lines_that_the_title_names(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = [
+        {"moments": kind, "seed": seed, "losses": [3.0, 2.0 + seed], "parameters": 5e6}
+        for seed in range(4)
+        for kind in moments.KINDS
+    ]
+    moments.draw(rows, tmp_path / "a.png")
+    figure = pyplot.gcf()
+    lines = [line.get_linestyle() for line in figure.axes[0].get_lines()]
+    assert len(lines) == 12 and lines[::3] == ["-", "--", ":", "-"] and (tmp_path / "a.png").stat().st_size > 1000
+    assert figure.axes[0].get_title().endswith("seeds: solid 0, dashed 1, dotted 2, solid 3")
     pyplot.close(figure)
 
 

@@ -210,10 +210,24 @@ def test_what_fails_is_told_to_all_and_leaves_what_was_there(place, file_bytes, 
 
 def test_an_index_that_is_not_json_is_replaced(tmp_path):
     model, _ = make(Run(stage=2), LocalComm())
-    for text in ("{", "[]", '{"weight_map": 3}'):
+    (tmp_path / "config.json").write_text("{}")
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "config.json"}}'):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         zerolite.save_pretrained(model, tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_an_earlier_file_that_stays_is_told(tmp_path, monkeypatch):
+    model, _ = make(Run(stage=2), LocalComm())
+    zerolite.save_pretrained(model, tmp_path)
+
+    def denied(self, missing_ok=False):
+        raise PermissionError("no access")
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    with pytest.raises(RuntimeError, match=r"no access\); the new files are in place, earlier ones could not be removed"):
+        zerolite.save_pretrained(model, tmp_path, file_bytes=6_000)
+    assert len({stored.path for stored in open_files(tmp_path).values()}) > 1
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):

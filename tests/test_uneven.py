@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import Block, Net, Run, equal, loss_of, make, seeded, tokens_for
@@ -22,14 +24,17 @@ class Expert(Block):
         self.expert = nn.Linear(width, width)
         self.used = True
 
-    def forward(self, x):
+    def forward(self, x, memory=None):
         x = super().forward(x)
+        if memory is not None:
+            x = x + self.down(torch.tanh(self.up(memory)))
         return x + self.expert(x) if self.used else x
 
 
 class Experts(Net):
     order = (0, 1, 2, 3)  # in which blocks run
     reentrant = False  # whether each is recomputed in a backward of its own
+    memory = False  # whether each takes what an encoder made, whose gradient comes last
 
     def __init__(self):
         super().__init__(blocks=0)
@@ -37,8 +42,9 @@ class Experts(Net):
 
     def forward(self, tokens):
         x = self.embed(tokens) * self.scale
+        more = (self.norm(x),) if self.memory else ()
         for k in self.order:
-            x = checkpoint(self.blocks[k], x, use_reentrant=True) if self.reentrant else self.blocks[k](x)
+            x = checkpoint(self.blocks[k], x, *more, use_reentrant=True) if self.reentrant else self.blocks[k](x, *more)
         return self.head(self.norm(x))
 
     def use(self, flags):
@@ -56,9 +62,12 @@ def finish(model, optimizer):
 def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
     """Each rank leaves out other experts, and in the first micro-batch others than in the second."""
     model, optimizer = make(Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16), group, seeded(Experts))
-    model.reentrant = how == "reentrant"
+    model.reentrant = how.startswith("reentrant")
+    model.memory = how.endswith("memory")
     if how == "order":
         model.order = (2, 0, 3, 1)
+    elif how.endswith("shared"):
+        model.order = (0, 0, 1, 2, 1, 3, 0)
     best = None
     for step in range(3):
         for part in range(micro):
@@ -69,16 +78,20 @@ def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
                 best = loss  # and its graph
             if how == "clip":
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            if how == "value":
+                nn.utils.clip_grad_value_(model.parameters(), 0.01)
         result = finish(model, optimizer)
     return result
 
 
 @everywhere
 @pytest.mark.parametrize("bucket_mb", [25.0, 1e-6])
-@pytest.mark.parametrize("how", ["clip", "held", "order", "reentrant"])
+@pytest.mark.parametrize(
+    "how", ["clip", "value", "held", "order", "shared", "memory", "reentrant", "reentrant shared", "reentrant memory"]
+)
 def test_experts_beside_what_else_loops_do(env, bucket_mb, how):
-    expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, 2, how))
-    found = on_processes(2, uneven_process, bucket_mb, 2, how, env={**env, "ZEROLITE_PATIENCE": "1"}, timeout=15)
+    expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, 3, how))
+    found = on_processes(2, uneven_process, bucket_mb, 3, how, env={**env, "ZEROLITE_PATIENCE": "1"}, timeout=15)
     assert [[equal(result, expected[rank]) for result in results] for rank, results in enumerate(found)] == [[True] * 4] * 2
 
 
@@ -173,6 +186,7 @@ REFUSED = {
     "zero_grad": "cleared on some ranks only",
     "zero_": "zeroed or set to None",
     "zero_ earlier": "zeroed or set to None on some ranks only, or between other backwards",
+    "zero_ of an average": "zeroed or set to None",
     "scaled": "different factors",
     "scaled between": "different factors on different ranks, or between other backwards",
 }
@@ -184,11 +198,14 @@ def treated_on_one(rank):
 
 def refused(rank, stage, how):
     model, optimizer = make(Run(stage=stage), None)
-    loss_of(model, tokens_for(0, 0, rank)).backward()
+    with optimizer.no_sync() if how == "zero_ of an average" else nullcontext():
+        loss_of(model, tokens_for(0, 0, rank)).backward()
     weight = model.blocks[0].norm.weight
+    if how == "zero_ of an average":  # the norm is of what was exchanged
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if rank == 1 and how == "zero_grad":
         optimizer.zero_grad()
-    elif rank == 1 and how in ("zero_", "zero_ earlier"):
+    elif rank == 1 and how.startswith("zero_"):
         weight.grad.zero_()
     elif rank == 1 and how.startswith("scaled"):
         weight.grad.mul_(0.5)

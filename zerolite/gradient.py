@@ -160,6 +160,11 @@ class Gradients:
         """Whether something was collected that has not gone out."""
         return bool(self.arrived or self.packed or self.wide or self.local is not None)
 
+    @property
+    def shared(self) -> bool:
+        """Whether there is something that was exchanged."""
+        return bool(self.flights) or self.average.value is not None
+
     def put(self, slot: int, grad: Tensor) -> bool:
         """Takes one gradient of this round (shape and dtype of the parameter); whether the round is complete."""
         self.arrived[slot] = grad

@@ -71,14 +71,16 @@ class Grads:
     # ---- backward
 
     def fold(self) -> None:
-        """A backward begins after others: what was set to None since is dropped, and what was clipped or unscaled keeps its
-        factor."""
+        """A backward begins after others: what was set to None since is dropped, a tensor that was assigned is this rank's
+        gradient so far, and what was clipped or unscaled keeps its factor."""
         if max(self.table.state) >= 0:
             with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
-                gone = list(map(is_, map(_grad, self.table.params), repeat(None)))
-            for entry in compress(self.entries, gone):
-                if entry.live:
+                grads = list(map(_grad, self.table.params))
+            for entry, grad in compress(zip(self.entries, grads, strict=True), map(is_not, grads, self.table.handles)):
+                if grad is None and entry.live:
                     self.drop(entry)
+                elif type(grad) is Tensor and entry.live:
+                    self.assign(entry, grad)
             if max(self.table.state) < 0:  # nothing is left, as after zero_grad()
                 self._reset()
         if self.table.plain:
@@ -250,9 +252,10 @@ class Grads:
 
     def drop(self, entry: Entry) -> None:
         """Forgets what was collected for one parameter."""
-        grads_of(entry.bucket).discard(entry.slot)
-        if self._history.rounds:  # before it is this rank's own
+        grads = grads_of(entry.bucket)
+        if self._history.rounds or grads.shared:  # else it is this rank's own
             self._history.dropped.add((self._history.rounds, entry.index))
+        grads.discard(entry.slot)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 

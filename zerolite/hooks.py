@@ -191,11 +191,16 @@ class _Call:
         unit.runs.add(self)
 
     def over(self, task: int) -> bool:
-        """Whether this backward has come through, as far as its inputs' gradients tell, or an earlier one that kept no graph
-        (which one rank may hold on to and another not)."""
+        """Whether this backward has come through, as far as the gradient of an input tells (those of what many units take, an
+        encoder's output or a bias of positions, come long after), or an earlier one that kept no graph (which one rank may
+        hold on to and another not)."""
         if self.task == task:
-            return self.inputs > 0 and self.left == 0
+            return self.left < self.inputs
         return self.last and self.left == 0
+
+    def end(self) -> None:
+        """The unit is in no backward: what has not come does not come any more."""
+        self.left = 0
 
     def reach(self, _: Any) -> None:
         task = torch._C._current_graph_task_id()

@@ -65,7 +65,8 @@ def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) 
             made[param] = meta
         param = param if param.is_meta else made[param]
         # Deep copies keep no attributes of parameters, and a parameter may be handed to another module.
-        module.__dict__["zerolite_init"] = param.__dict__["zerolite_init"] = _inside.init
+        module.__dict__["zerolite_init"] = _inside.init
+        param.__dict__.setdefault("zerolite_init", _inside.init)
     _register(module, name, param)
 
 
@@ -79,11 +80,16 @@ def _reset_of(module: nn.Module) -> Callable[[], None] | None:
 
 
 def init_of(module: nn.Module) -> Init:
-    """What meta_init was told for a module, or for the parameters that it was given."""
+    """What meta_init was told for a module, or for a parameter that it was given."""
     for known in (module, *module._parameters.values()):
         if known is not None and "zerolite_init" in known.__dict__:
             return known.__dict__["zerolite_init"]  # type: ignore[no-any-return]
     return True
+
+
+def is_left(module: nn.Module, param: nn.Parameter) -> bool:
+    """Whether a module's own parameter began under meta_init(init=False)."""
+    return param.__dict__.get("zerolite_init", module.__dict__.get("zerolite_init")) is False
 
 
 def make_real(p: nn.Parameter, data: Tensor) -> None:
@@ -141,9 +147,9 @@ class Recipes:
         """Raises ValueError for meta parameters and buffers that nothing could fill."""
         for path, module in model.named_modules():
             prefix = f"{path}." if path else ""
-            recipe, init = self.of(module), init_of(module)
+            recipe = self.of(module)
             for name, p in module._parameters.items():
-                if p is not None and p.is_meta and init is not False and recipe is None:
+                if p is not None and p.is_meta and recipe is None and not is_left(module, p):
                     raise ValueError(
                         f"parameter '{prefix}{name}': expected a way to initialise it off the meta device, got none in "
                         f"{type(module).__name__}. Give the module a reset_parameters(), or build the model under "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -167,10 +168,8 @@ class Reducer:
     def leave(self) -> None:
         """The backward is over: where gradients rest sharded, what is left goes out."""
         if self.active and self.plan.grads.sharded and self.sync:
-            for position, bucket in enumerate(self.order):
-                # A reentrant checkpoint may bring a gradient again after its bucket went out.
-                if position >= self.next or grads_of(bucket).waiting:
-                    grads_of(bucket).start()
+            for bucket in self.order[self.next :]:
+                grads_of(bucket).start()
             for bucket in self.order:
                 grads_of(bucket).finish()
             self.open = False
@@ -221,13 +220,19 @@ class Reducer:
     # ---- before a step
 
     def union(self, present: list[bool], what: str) -> list[bool]:
-        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already)."""
-        mark = zlib.crc32(bytes(present))
+        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already). What came again on any
+        rank after its bucket had gone out (a reentrant checkpoint does that) goes out too, where gradients rest sharded."""
+        again = [grads_of(bucket).waiting for bucket in self.order] if self.plan.grads.sharded else []
+        mark = zlib.crc32(bytes(present + again))
         marks = torch.tensor([mark, -mark])
         self.comm.max_(marks, what)
-        if int(marks[0]) == -int(marks[1]):
-            return present
-        return self._union(present, f"{what} presence")
+        if int(marks[0]) != -int(marks[1]):
+            flags = self._union(present + again, f"{what} presence")
+            present, again = flags[: len(present)], flags[len(present) :]
+        for bucket in compress(self.order, again):
+            grads_of(bucket).start()
+            grads_of(bucket).finish()
+        return present
 
     def _union(self, present: list[bool], what: str) -> list[bool]:
         flags = torch.tensor(present, dtype=torch.int64)

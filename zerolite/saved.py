@@ -76,11 +76,11 @@ def save_pretrained(
             problem = error
     if files is not None and problem is not None:
         files.give_up()
-    told = built.comm.share(f"{type(problem).__name__}: {problem}" if problem else "", "set-up save_pretrained")[0]
+    told = f"{type(problem).__name__}: {problem}" if problem else ""
+    told, placed = built.comm.share((told, files is not None and files.placed), "set-up save_pretrained")[0]
     if told:
-        raise RuntimeError(
-            f"save_pretrained: rank 0 could not write to {folder} ({told}); what was there before is."
-        ) from problem
+        left = "the new files are in place, earlier ones could not be removed" if placed else "what was there before is"
+        raise RuntimeError(f"save_pretrained: rank 0 could not write to {folder} ({told}); {left}.") from problem
 
 
 def _tensors(built: Built, names: dict[Tensor, str], masters: bool, read: bool) -> Iterator[tuple[Item, Tensor | None]]:
@@ -126,6 +126,7 @@ class Files:
         self.todo = ((k, item) for k, part in enumerate(self.parts) for item in part)
         self.open: Any = None
         self.at = -1
+        self.placed = False  # all new files
         self.places: dict[str, int] = {}  # in the file under way
 
     def _new(self, name: str) -> Path:
@@ -166,14 +167,16 @@ class Files:
             self._new(name).replace(self.folder / name)
         if len(self.names) > 1:
             self._new(INDEX).replace(index)
-        else:
+        self.placed = True
+        if len(self.names) == 1:
             index.unlink(missing_ok=True)
-        self.names = []  # nothing of this save is taken away any more
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
 
     def give_up(self) -> None:
         """Takes away what was begun; what was there before stays."""
+        if self.placed:
+            return
         with contextlib.suppress(OSError):
             if self.open is not None:
                 self.open.close()
@@ -188,5 +191,5 @@ def _listed(index: Path) -> set[str]:
     """Files of an earlier save beside its index."""
     names = [SINGLE]
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or not one of ours
-        names += [name for name in json.loads(index.read_text())["weight_map"].values() if Path(name).name == name]
-    return set(names)
+        names += json.loads(index.read_text())["weight_map"].values()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")}

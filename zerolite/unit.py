@@ -32,6 +32,8 @@ class Run(Protocol):
 
     def over(self, task: int) -> bool: ...
 
+    def end(self) -> None: ...
+
 
 class Unit:
     """Buckets that are gathered and released together."""
@@ -62,6 +64,8 @@ class Unit:
         self.inputs = 0
         self.before = self.came
         self.calls.clear()
+        for run in self.runs:
+            run.end()
 
     @property
     def came(self) -> int:
@@ -200,7 +204,7 @@ class Schedule:
             self.open = True
             for leaf in self.units:
                 self._watch(leaf)
-        if self.in_backward() and not unit.reached:  # a recomputation whose graph is a backward of its own
+        if self.in_backward():  # a recomputation, whose graph may be a backward of its own
             self._send_over(unit)
         unit.ready()
         if not unit.reached:
@@ -249,14 +253,16 @@ class Schedule:
     def _send_over(self, next_one: Unit) -> None:
         """Units that the backward has come through, but whose parameters were not all used on this rank (an expert without a
         token), send what there is before `next_one` is gathered. Ranks that used all of them have sent by now, so on every
-        rank the same collectives follow one another."""
+        rank the same collectives follow one another. They are released where no input's gradient is to come: until then
+        something of them might be needed."""
         task = torch._C._current_graph_task_id()
         self.entered = [unit for unit in self.entered if unit.reached]
         for unit in self.entered:
-            if unit is not next_one and unit.over(task):
+            if unit.over(task):
                 self.send([bucket for bucket in unit.buckets if bucket.grads is not None])
-                self._release(unit)
-                unit.forget()
+                if unit.inputs == 0:
+                    self._release(unit)
+                    unit.forget()
         if next_one not in self.entered:
             self.entered.append(next_one)
 

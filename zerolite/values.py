@@ -21,7 +21,7 @@ from zerolite.dtypes import dense_strides, rest_dtype
 from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
-from zerolite.meta import Recipes, groups, init_of, lost_buffer, make_real
+from zerolite.meta import Recipes, groups, is_left, lost_buffer, make_real
 
 
 def begin(bucket: Bucket) -> None:
@@ -86,8 +86,7 @@ class Materialise:
             bucket.note_versions()  # recipes wrote beside parameters that have values
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        known = [p for p in module._parameters.values() if p is not None and p in self.asleep]
-        return known if init_of(module) is not False else []
+        return [p for p in module._parameters.values() if p is not None and p in self.asleep and not is_left(module, p)]
 
     def _fill(self, group: list[nn.Module]) -> None:
         scratch = {p: self._blank(p) for module in group for p in self._own(module)}
