@@ -422,6 +422,31 @@ def test_clipping_part_of_the_parameters_and_by_value(stage):
 
 
 @stages
+def test_ops_on_gradients_that_were_kept_see_what_was_written(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            kept = [p.grad for p in model.blocks[1].parameters()]
+            torch._foreach_clamp_min_(kept, -1e-3)  # as clip_grad_value_(..., foreach=True)
+            torch._foreach_clamp_max_(kept, 1e-3)
+            assert all(g.norm(float("inf")) <= 1e-3 and g.abs().max() <= 1e-3 for g in kept)
+            assert all(
+                torch.linalg.vector_norm(g, 2.0) == p.grad.norm()
+                for g, p in zip(kept, model.blocks[1].parameters(), strict=True)
+            )
+            first, second, third, *rest = kept
+            first.mul_(0.5)
+            second.zero_()
+            torch._foreach_mul_([third, model.scale.grad], 0.25)
+            torch._foreach_div_(rest, 2.0)
+            assert not second.any() and (model.scale.grad - 0).abs() > 0
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_like_plain(stage, loop)
+
+
+@stages
 def test_a_clip_before_a_further_backward(stage):
     def loop(model, optimizer, ranks):
         for step in range(3):

@@ -210,6 +210,8 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     reducer.wait = updates.settle
     reducer.at_start.append(updates.settle)  # a backward writes to the gradients that updates read
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
+    if schedule is not None:
+        reducer.at_start.append(schedule.backward)
     built = Built(
         comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner, updates, staging, here
     )

@@ -9,9 +9,9 @@ A *round* is what one synchronised backward contributes. Its average over ranks 
 fp32 and rounded once to the round's dtype: the compute dtype, as if one device had computed it, or fp32
 where a local sum took part. Further rounds are added to an fp32 average, which is allocated only then.
 
-A parameter can arrive twice before anything was exchanged (a second backward, or a checkpointed module that
-is used twice). Then the earlier round goes out first, whatever the bucket looks like, so that the bits of a
-parameter never depend on its neighbours.
+A parameter can arrive again in one backward (a module under a reentrant checkpoint that is used twice). The first
+gradient is of the round, the others are a local sum that goes out when the backward is over, on all ranks if on any:
+ranks exchange alike, and the bits of a parameter never depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class Gradients:
     arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet (those of `arrivals`)
     before: int  # gradients that came and are not among `arrived` any more
     packed: set[int]  # slots of this round in `full`
+    sent: bool  # the round of the last backward has gone out
     wide: bool  # this round began with the local sum, so it travels in fp32
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
-    local: Tensor | None  # 1D, layout.numel, fp32: sum of gradients taken under no_sync()
+    local: Tensor | None  # 1D, layout.numel, fp32: sum of what came under no_sync(), or again in one backward
     base: Tensor | None  # the local sum that this (wide) round begins with, until it is packed
     flights: list[Flight]  # the exchanges under way
     taken: Flight | None  # the exchange that is being summed
@@ -121,7 +122,7 @@ class Gradients:
         self._empty()
         self.packed = set()
         self.close()
-        self.wide = False
+        self.wide = self.sent = False
         self.full = self.local = self.base = self.taken = None
         self.flights = []
         self.average.clear(self.lane.transient)
@@ -138,7 +139,7 @@ class Gradients:
     def expect(self, params: list[nn.Parameter]) -> None:
         """A backward begins. Only where the last one brought less than everything it is counted what can come."""
         self.expected = len(params) if self.everything else sum(map(_trained, params))
-        self.everything = False
+        self.everything = self.sent = False
         self.close()
 
     def open(self, task: int) -> None:
@@ -162,8 +163,7 @@ class Gradients:
 
     @property
     def shared(self) -> bool:
-        """Whether there is something that was exchanged."""
-        return bool(self.flights) or self.average.value is not None
+        return bool(self.flights) or self.average.value is not None  # something was exchanged
 
     def put(self, slot: int, grad: Tensor) -> bool:
         """Takes one gradient of this round (shape and dtype of the parameter); whether the round is complete."""
@@ -268,7 +268,7 @@ class Gradients:
         else:
             self.pack()
             self._fly((0, self.layout.shard))
-        self.wide = False
+        self.wide, self.sent = False, True
         self.packed = set()
         self.close()
         self.comm.ledger.note("exchange", self.name)

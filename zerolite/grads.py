@@ -55,6 +55,7 @@ class Grads:
         self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
         self._history = History()
+        self.written: dict[int, Tensor] = {}  # by row, what ops have written through handles
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -71,16 +72,14 @@ class Grads:
     # ---- backward
 
     def fold(self) -> None:
-        """A backward begins after others: what was set to None since is dropped, a tensor that was assigned is this rank's
-        gradient so far, and what was clipped or unscaled keeps its factor."""
+        """A backward begins after others: what was set to None since is dropped, and what was clipped or unscaled keeps its
+        factor. (A tensor that was assigned stays: autograd adds to it.)"""
         if max(self.table.state) >= 0:
             with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
-                grads = list(map(_grad, self.table.params))
-            for entry, grad in compress(zip(self.entries, grads, strict=True), map(is_not, grads, self.table.handles)):
-                if grad is None and entry.live:
+                gone = list(map(is_, map(_grad, self.table.params), repeat(None)))
+            for entry in compress(self.entries, gone):
+                if entry.live:
                     self.drop(entry)
-                elif type(grad) is Tensor and entry.live:
-                    self.assign(entry, grad)
             if max(self.table.state) < 0:  # nothing is left, as after zero_grad()
                 self._reset()
         if self.table.plain:
@@ -174,8 +173,10 @@ class Grads:
         return self._ready[order].pop(row, None) if order in self._ready else None  # once: it is the caller's to write to
 
     def _unused(self, handle: LazyGrad) -> bool:
-        """Whether a handle is the parameter's own, of a gradient that no step has used up."""
+        """Whether a handle is the parameter's own, of a gradient that nothing has replaced and no step has used up."""
         table, row = self.table, handle.row
+        if row in self.written:
+            return False
         return table.handles[row] is handle and table.state[row] != USED and handle.incoming is None
 
     def scale(self, handle: LazyGrad, by: object) -> bool:
@@ -307,6 +308,7 @@ class Grads:
         """A plain tensor in p.grad is this rank's gradient, instead of what was collected."""
         if entry.live:
             self.drop(entry)
+        self.written.pop(entry.index, None)
         grads_of(entry.bucket).put(entry.slot, grad)
         entry.state, entry.factor = HELD, 1.0
         self.reducer.open = True
@@ -324,6 +326,7 @@ class Grads:
     def _reset(self) -> None:
         self.reducer.reset()
         self._history.clear()
+        self.written.clear()
 
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""

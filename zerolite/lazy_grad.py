@@ -9,7 +9,7 @@ through a few ops; anything else reads it from the bucket. Nothing here returns 
     add_           a further backward
     zero_          zeroes
     other reads    the averaged gradient, gathered: a collective, so every rank must read
-    other writes   the same, and the written tensor then replaces the gradient
+    other writes   the same, and the written tensor then replaces the gradient: in p.grad, and for what has kept the handle
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the o
 
 class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
+
+    written: dict[int, Tensor]  # by row, what ops have written through handles
 
     def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None: ...
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
@@ -127,11 +129,20 @@ def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return [_norm_tensor(g, order) if isinstance(g, LazyGrad) else torch.linalg.vector_norm(g, order) for g in args[0]]
 
 
+def _replaced(handle: LazyGrad) -> Tensor | None:
+    """What an op has written through the handle, as long as it is p.grad."""
+    known = handle.source.written.get(handle.row)
+    return known if known is not None and handle.entry.param.grad is known else None
+
+
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
     found = handle.source.norm_once(handle, order)
     if found is not None:
         return found
     _check(handle)
+    replaced = _replaced(handle)
+    if replaced is not None:
+        return torch.linalg.vector_norm(replaced, order)
     return handle.source.norm_tensor(handle.entry, order)
 
 
@@ -143,6 +154,7 @@ def _scale(func: Any, args: Any, kwargs: Any) -> Any:
         or not isinstance(handle, LazyGrad)
         or isinstance(by, LazyGrad)
         or (isinstance(by, Tensor) and by.dim() > 0)
+        or _replaced(handle) is not None
     ):
         return NotImplemented
     _check(handle)
@@ -163,6 +175,8 @@ def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
     factors = by if isinstance(by, (list, tuple)) else [float(by)] * len(handles)
     if any(isinstance(factor, Tensor) and factor.dim() > 0 for factor in factors):
         return NotImplemented
+    if any(_replaced(handle) is not None for handle in handles):
+        return NotImplemented
     for handle, factor in zip(handles, factors, strict=True):
         _check(handle)
         handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(factor))
@@ -171,6 +185,7 @@ def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _unscale(func: Any, args: Any, kwargs: Any) -> Any:
     grads, found_inf, inv_scale = args
+    grads = [replaced if isinstance(g, LazyGrad) and (replaced := _replaced(g)) is not None else g for g in grads]
     handles = [grad for grad in grads if isinstance(grad, LazyGrad)]
     plain = [grad for grad in grads if not isinstance(grad, LazyGrad)]
     if plain:
@@ -198,7 +213,10 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _zero(func: Any, args: Any, kwargs: Any) -> Any:
     handle = args[0]
-    if handle is handle.entry.handle:
+    replaced = _replaced(handle)
+    if replaced is not None:
+        replaced.zero_()
+    elif handle is handle.entry.handle:
         handle.source.zero(handle.entry)
     return handle
 
@@ -237,13 +255,14 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
             return value
         if id(value) not in read:
             _check(value)
-            read[id(value)] = (value, value.source.read(value.entry))
+            replaced = _replaced(value)
+            read[id(value)] = (value, value.source.read(value.entry) if replaced is None else replaced)
         return read[id(value)][1]
 
     real_args, real_kwargs = pytree.tree_map(unwrap, (args, kwargs))
     result = func(*real_args, **real_kwargs)
     for handle in _written(func, args, kwargs):
-        handle.entry.param.grad = read[id(handle)][1].to(handle.entry.param.dtype)
+        handle.entry.param.grad = handle.source.written[handle.row] = read[id(handle)][1].to(handle.entry.param.dtype)
     return result
 
 

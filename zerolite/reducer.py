@@ -129,9 +129,9 @@ class Reducer:
             return
         self.open = True
         slot = entry.slot
-        if slot in grads.arrived or slot in grads.packed:
-            grads.start()
-        if grads.put(slot, grad):
+        if grads.sent or slot in grads.arrived or slot in grads.packed:
+            grads.hold(slot, grad)  # goes out when the backward is over, see `union`
+        elif grads.put(slot, grad):
             self._advance()
         elif not torch.is_grad_enabled():  # else a gradient may have a graph
             grads.open(entry.state)
@@ -220,18 +220,21 @@ class Reducer:
     # ---- before a step
 
     def union(self, present: list[bool], what: str) -> list[bool]:
-        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already). What came again on any
-        rank after its bucket had gone out (a reentrant checkpoint does that) goes out too, where gradients rest sharded."""
-        again = [grads_of(bucket).waiting for bucket in self.order] if self.plan.grads.sharded else []
+        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already). Buckets to which
+        something came again in this backward, on any rank, go out now: the round, then the local sum."""
+        again = [grads_of(bucket).local is not None for bucket in self.order]
         mark = zlib.crc32(bytes(present + again))
         marks = torch.tensor([mark, -mark])
         self.comm.max_(marks, what)
         if int(marks[0]) != -int(marks[1]):
             flags = self._union(present + again, f"{what} presence")
             present, again = flags[: len(present)], flags[len(present) :]
-        for bucket in compress(self.order, again):
-            grads_of(bucket).start()
-            grads_of(bucket).finish()
+        for grads in map(grads_of, compress(self.order, again)):
+            if not grads.sent:
+                grads.start()
+            grads.widen()
+            grads.start()
+            grads.finish()
         return present
 
     def _union(self, present: list[bool], what: str) -> list[bool]:

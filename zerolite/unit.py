@@ -238,6 +238,11 @@ class Schedule:
         if not grad:
             self.release_all()
 
+    def backward(self) -> None:
+        """A backward begins: what was collected before it does not count."""
+        for unit in self.units:
+            unit.before = unit.came
+
     def reach(self, unit: Unit, has_inputs: bool) -> None:
         """The backward enters `unit`."""
         self.begin_backward()
