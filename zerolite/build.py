@@ -205,13 +205,13 @@ def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> B
     if schedule is not None:
         reducer.at_end.append(schedule.release_all)
         on_collected = lambda entry: schedule.collected(owner[id(entry.bucket)])  # noqa: E731
-    if staging is not None:
-        reducer.at_end.append(staging.leaving.clear)
     reducer.wait = updates.settle
     reducer.at_start.append(updates.settle)  # a backward writes to the gradients that updates read
     grads = Grads(reducer, entries, on_collected, lambda late: late_buckets(built, late))
     if schedule is not None:
         reducer.at_start.append(schedule.backward)
+    if staging is not None:
+        reducer.at_end.append(staging.leaving.clear)
     built = Built(
         comm, checked.rule, entries, buckets, reducer, grads, Hooks(), schedule, model, checked, owner, updates, staging, here
     )

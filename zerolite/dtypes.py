@@ -16,6 +16,21 @@ def bits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int32 if dtype == torch.float32 else torch.int16
 
 
+def is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of these strides is contiguous (strides of dimensions of size 1 do not matter)."""
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def fills(block: Tensor, numel: int) -> bool:
+    """Whether a contiguous tensor has `numel` elements and memory of its own."""
+    return block.numel() == numel and block.untyped_storage().nbytes() == numel * block.itemsize
+
+
 def dense_strides(p: Tensor) -> tuple[int, ...]:
     """The strides of p where it is dense without overlap (channels_last, transposed), else contiguous ones."""
     return torch.empty_like(p, device="meta").stride()

@@ -10,8 +10,8 @@ fp32 and rounded once to the round's dtype: the compute dtype, as if one device 
 where a local sum took part. Further rounds are added to an fp32 average, which is allocated only then.
 
 A parameter can arrive again in one backward (a module under a reentrant checkpoint that is used twice). The first
-gradient is of the round, the others are a local sum that goes out when the backward is over, on all ranks if on any:
-ranks exchange alike, and the bits of a parameter never depend on its neighbours.
+gradient is of the round, the others are a further one, in fp32, that goes out when the backward is over, on all
+ranks if on any: ranks exchange alike, and the bits of a parameter never depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zerolite.arrivals import Arrivals
 from zerolite.average import Average, Cut
 from zerolite.comm import Comm, Pending
 from zerolite.comm.lane import Lane
+from zerolite.dtypes import fills, is_flat
 from zerolite.kernels import Window, exceeds_, pack_
 from zerolite.layout import Layout, Piece
 
@@ -36,18 +38,6 @@ _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: fl
 _PORTION = 256
 _dtype = attrgetter("dtype")
 _trained = attrgetter("requires_grad")
-
-
-class Arrivals:
-    """What autograd has brought of one bucket since it was packed, and until when its hooks may add to it by themselves."""
-
-    __slots__ = ("grads", "task", "wanted")
-    grads: dict[int, Tensor]  # slot -> gradient; the same dict for ever
-    task: int  # first gradients in this backward need no more than to be put here; -1: none do
-    wanted: int  # with so many here the round is complete, or there are enough to pack
-
-    def __init__(self) -> None:
-        self.grads, self.task, self.wanted = {}, -1, 0
 
 
 class Flight(NamedTuple):
@@ -75,9 +65,8 @@ class Gradients:
     everything: bool  # the last round was complete, and nothing was frozen
     arrivals: Arrivals
     arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet (those of `arrivals`)
-    before: int  # gradients that came and are not among `arrived` any more
+    before: int  # gradients that came and are not among `arrived`
     packed: set[int]  # slots of this round in `full`
-    sent: bool  # the round of the last backward has gone out
     wide: bool  # this round began with the local sum, so it travels in fp32
     full: Tensor | None  # 1D, layout.numel, compute dtype or (wide) fp32: this round's gradients of this rank
     local: Tensor | None  # 1D, layout.numel, fp32: sum of what came under no_sync(), or again in one backward
@@ -103,7 +92,7 @@ class Gradients:
         self.lane = lane
         self.dtype = dtype
         self.views = [(p.shape, p.stride()) for p in like]
-        self.flat = [_is_flat(p.shape, p.stride()) for p in like]
+        self.flat = [is_flat(p.shape, p.stride()) for p in like]
         self.offsets = [slot.offset for slot in layout.slots]
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
@@ -122,7 +111,8 @@ class Gradients:
         self._empty()
         self.packed = set()
         self.close()
-        self.wide = self.sent = False
+        self.wide = False
+        self.arrivals.gone, self.arrivals.repeats = set(), {}
         self.full = self.local = self.base = self.taken = None
         self.flights = []
         self.average.clear(self.lane.transient)
@@ -139,7 +129,8 @@ class Gradients:
     def expect(self, params: list[nn.Parameter]) -> None:
         """A backward begins. Only where the last one brought less than everything it is counted what can come."""
         self.expected = len(params) if self.everything else sum(map(_trained, params))
-        self.everything = self.sent = False
+        self.everything = False
+        self.arrivals.gone = set()
         self.close()
 
     def open(self, task: int) -> None:
@@ -159,7 +150,25 @@ class Gradients:
     @property
     def waiting(self) -> bool:
         """Whether something was collected that has not gone out."""
-        return bool(self.arrived or self.packed or self.wide or self.local is not None)
+        return self.left or self.again
+
+    @property
+    def left(self) -> bool:
+        """Whether some of this round has not gone out."""
+        return bool(self.arrived or self.packed or self.wide)
+
+    @property
+    def again(self) -> bool:
+        """Whether a further round of fp32 is to follow: what came under no_sync(), or again in one backward."""
+        return self.local is not None or bool(self.arrivals.repeats)
+
+    def repeat(self, slot: int, grad: Tensor) -> None:
+        """Takes a gradient that comes again: by reference, and from the third one on in the local sum."""
+        if slot in self.arrivals.repeats:
+            self.hold(slot, grad)
+        else:
+            self.before += 1
+            self.arrivals.repeats[slot] = grad
 
     @property
     def shared(self) -> bool:
@@ -197,9 +206,12 @@ class Gradients:
         self.view(self.local, slot).add_(grad)
 
     def widen(self) -> None:
-        """The next round begins with the local sum."""
+        """The next round begins with the local sum, and what came again."""
         assert not self.arrived and not self.packed
         self.base, self.local, self.wide = self.local, None, True
+        self.before -= len(self.arrivals.repeats)
+        self.arrived.update(self.arrivals.repeats)
+        self.arrivals.repeats = {}
 
     def view(self, flat: Tensor, slot: int) -> Tensor:
         """The parameter-shaped view of `slot` in a bucket-shaped tensor."""
@@ -263,12 +275,13 @@ class Gradients:
     def start(self) -> None:
         """Begins the exchange of this round; slots without a gradient count as 0."""
         self.finish()
+        self.arrivals.gone.update(self.packed, self.arrived)
         if self.lane.transient:
             self._send()
         else:
             self.pack()
             self._fly((0, self.layout.shard))
-        self.wide, self.sent = False, True
+        self.wide = False
         self.packed = set()
         self.close()
         self.comm.ledger.note("exchange", self.name)
@@ -287,7 +300,7 @@ class Gradients:
             blocks, offsets = [self.base], [0]
         else:
             blocks, offsets = self._blocks()
-        ready = not self.lane.placed and len(blocks) == 1 and _fills(blocks[0], self.layout.numel)
+        ready = not self.lane.placed and len(blocks) == 1 and fills(blocks[0], self.layout.numel)
         for start, stop in self.lane.cuts(dtype):
             if ready:
                 self.full = blocks[0].view(-1)
@@ -355,6 +368,7 @@ class Gradients:
     def discard(self, slot: int) -> None:
         """Forgets one parameter's gradient in every form."""
         self.before += self.arrived.pop(slot, None) is not None
+        self.arrivals.repeats.pop(slot, None)
         self.packed.discard(slot)
         self.close()
         self.finish()
@@ -378,23 +392,9 @@ class Gradients:
     def flying(self) -> list[Tensor]:
         """What holds gradients on their way: not packed, packed, summed under no_sync(), sent, being summed."""
         packed = self.full if self.lane.transient else None
-        held = [t for t in (packed, self.local, self.base) if t is not None] + list(self.arrived.values())
+        held = [t for t in (packed, self.local, self.base) if t is not None]
+        held += [*self.arrived.values(), *self.arrivals.repeats.values()]
         flights = self.flights if self.taken is None else [self.taken, *self.flights]
         for flight in flights:
             held += self.lane.holds(flight.number, list(flight.pending.result))
         return held + self.average.leaving()
-
-
-def _fills(block: Tensor, numel: int) -> bool:
-    """Whether a contiguous tensor has `numel` elements and memory of its own."""
-    return block.numel() == numel and block.untyped_storage().nbytes() == numel * block.itemsize
-
-
-def _is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether a tensor of these strides is contiguous (strides of dimensions of size 1 do not matter)."""
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True

@@ -257,6 +257,7 @@ class Grads:
         if self._history.rounds or grads.shared:  # else it is this rank's own
             self._history.dropped.add((self._history.rounds, entry.index))
         grads.discard(entry.slot)
+        self.written.pop(entry.index, None)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -308,7 +309,6 @@ class Grads:
         """A plain tensor in p.grad is this rank's gradient, instead of what was collected."""
         if entry.live:
             self.drop(entry)
-        self.written.pop(entry.index, None)
         grads_of(entry.bucket).put(entry.slot, grad)
         entry.state, entry.factor = HELD, 1.0
         self.reducer.open = True

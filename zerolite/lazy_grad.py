@@ -132,7 +132,9 @@ def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
 def _replaced(handle: LazyGrad) -> Tensor | None:
     """What an op has written through the handle, as long as it is p.grad."""
     known = handle.source.written.get(handle.row)
-    return known if known is not None and handle.entry.param.grad is known else None
+    if known is None or handle is not handle.entry.handle or handle.entry.param.grad is not known:
+        return None
+    return known
 
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
@@ -142,7 +144,7 @@ def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
     _check(handle)
     replaced = _replaced(handle)
     if replaced is not None:
-        return torch.linalg.vector_norm(replaced, order)
+        return torch.linalg.vector_norm(replaced, order, dtype=torch.float32)
     return handle.source.norm_tensor(handle.entry, order)
 
 

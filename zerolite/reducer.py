@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable
-from itertools import compress
 
 import torch
 from torch import Tensor
@@ -129,8 +128,9 @@ class Reducer:
             return
         self.open = True
         slot = entry.slot
-        if grads.sent or slot in grads.arrived or slot in grads.packed:
-            grads.hold(slot, grad)  # goes out when the backward is over, see `union`
+        if slot in grads.arrived or slot in grads.packed or slot in grads.arrivals.gone:
+            self.local = True  # until `union`, when the backward is over
+            grads.repeat(slot, grad)
         elif grads.put(slot, grad):
             self._advance()
         elif not torch.is_grad_enabled():  # else a gradient may have a graph
@@ -220,21 +220,27 @@ class Reducer:
     # ---- before a step
 
     def union(self, present: list[bool], what: str) -> list[bool]:
-        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already). Buckets to which
-        something came again in this backward, on any rank, go out now: the round, then the local sum."""
-        again = [grads_of(bucket).local is not None for bucket in self.order]
-        mark = zlib.crc32(bytes(present + again))
+        """Which parameters have a gradient on any rank (one small all-reduce where ranks agree already). What is left of this
+        backward where gradients rest sharded (a bucket was taken for over too early), and what came again, goes out now."""
+        late = [self.plan.grads.sharded and grads_of(bucket).left for bucket in self.order]
+        again = [grads_of(bucket).again for bucket in self.order]
+        mine = [*present, *late, *again]
+        mark = zlib.crc32(bytes(mine))
         marks = torch.tensor([mark, -mark])
         self.comm.max_(marks, what)
         if int(marks[0]) != -int(marks[1]):
-            flags = self._union(present + again, f"{what} presence")
-            present, again = flags[: len(present)], flags[len(present) :]
-        for grads in map(grads_of, compress(self.order, again)):
-            if not grads.sent:
-                grads.start()
-            grads.widen()
-            grads.start()
-            grads.finish()
+            flags = self._union(mine, f"{what} presence")
+            first, second = len(present), len(present) + len(late)
+            present, late, again = flags[:first], flags[first:second], flags[second:]
+        for bucket, plain, wide in zip(self.order, late, again, strict=True):
+            if plain or (wide and not self.plan.grads.sharded):
+                grads_of(bucket).start()
+            if wide:
+                grads_of(bucket).widen()
+                grads_of(bucket).start()
+            if plain or wide:
+                grads_of(bucket).finish()
+        self.local = False
         return present
 
     def _union(self, present: list[bool], what: str) -> list[bool]:

@@ -167,9 +167,9 @@ class Files:
             self._new(name).replace(self.folder / name)
         if len(self.names) > 1:
             self._new(INDEX).replace(index)
-        self.placed = True
-        if len(self.names) == 1:
+        else:
             index.unlink(missing_ok=True)
+        self.placed = True
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
 
