@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,9 @@ CACHE = str(Path(tempfile.gettempdir()) / f"zerolite-bench-{os.getuid()}")  # pe
 STEADY = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
+NO_RESULT = "no result after"  # begins the reason of what took too long
+
+
 class OverLimit(Exception):
     """The ranks together held more memory than they may."""
 
@@ -113,17 +117,18 @@ def on_ranks(
                     if limit is not None and peak > limit:
                         raise OverLimit(peak)
                     if time.monotonic() > deadline:
-                        return f"no result after {timeout:.0f} s"
+                        return f"{NO_RESULT} {timeout:.0f} s"
                     if any(rank.poll() not in (None, 0) for rank in running):
                         break
                     time.sleep(0.02 if sample else 0.2)
             finally:
+                codes = [rank.poll() for rank in running]
                 for rank in running:
                     rank.kill()
                 for rank in running:
                     rank.wait()
         if not out.exists():
-            return _reason(log.read_text())
+            return _reason(log.read_text(), codes)
         (start, busy), (stop, after) = before, others()
         result = {**json.loads(out.read_text()), "others": (after - busy) / (stop - start)}
         return {**result, **({"peak": peak} if sample else {})}
@@ -149,11 +154,12 @@ def _environment(ranks: int) -> dict[str, str]:
     return {**os.environ, **mine, "TORCH_EXTENSIONS_DIR": CACHE, "PYTHONWARNINGS": "ignore::FutureWarning"}
 
 
-def _reason(log: str) -> str:
-    """The last error of a log, else its end."""
+def _reason(log: str, codes: list[int | None]) -> str:
+    """The signal that ended a rank by itself, and the first error of a log, else its end."""
+    ended = [f"rank {rank} ended by {signal.Signals(-code).name}" for rank, code in enumerate(codes) if code and code < 0]
     lines = [line.strip() for line in log.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("File")]
-    return (errors[0] if errors else " / ".join(lines[-3:]) or "no output")[:500]
+    return "; ".join([*ended[:1], errors[0] if errors else " / ".join(lines[-3:]) or "no output"])[:500]
 
 
 # ---- memory and the wire

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.harness import ROOT, OverLimit, Row, commit, shown, store
+from benchmarks.harness import NO_RESULT, ROOT, Row, commit, shown, store
 from benchmarks.models import KNOWN, MODELS
 from benchmarks.progress import Progress, show
 from benchmarks.step import launch, summary
@@ -87,10 +87,12 @@ def measure(block: Block, names: list[str], device: str, progress: Progress) -> 
             what = f"round {number}/{block.rounds}" if number else "memory"
             progress.next(f"{block.model} x{block.world}, {what}, {name}")
             steps = block.steps if number else 2
-            try:
+            for left in (1, 0):
                 result = launch(name, shape, block.world, steps, warmup=block.warmup, device=device, sample=number == 0)
-            except OverLimit as error:  # pragma: no cover - no limit is set here
-                result = str(error)
+                if not isinstance(result, str) or result.startswith(NO_RESULT):
+                    break
+                if left:
+                    progress.say(f"{block.model} x{block.world}: {name} failed and is tried once more: {result}")
             if isinstance(result, str):
                 progress.say(f"{block.model} x{block.world}: {name} failed and is left out: {result}")
                 failed[name] = result

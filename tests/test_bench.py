@@ -83,9 +83,14 @@ def test_systems_are_left_out_by_name_with_a_reason(monkeypatch):
 
 
 def test_a_failing_system_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
+    tries = []
+
     def launch(system, shape, ranks, steps, **_):
+        tries.append(system)
         if system == "DDP + AdamW(fused)":
             return "ImportError: no such thing"
+        if system == "zerolite 1" and tries.count(system) == 1:
+            return "rank 1 ended by SIGSEGV"
         times = {phase: [0.1] * steps for phase in step.PHASES}
         found = {"times": times, "communication": 0.0, "first": 1.0, "build": 0.5, "losses": [9.0], "peak": 5, "base": 1}
         return {**found, "rest": 3, "device_peak": None, "device_rest": None, "plan": None, "settings": {"key": 1}}
@@ -98,6 +103,8 @@ def test_a_failing_system_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     rows = harness.read(path)
     assert [r["benchmark"] for r in rows] == ["step", "step", "skipped", "failed"]
     assert rows[3]["why"] == "ImportError: no such thing" and "DDP + AdamW(fused) failed" in out.getvalue()
+    assert tries.count("DDP + AdamW(fused)") == 2 and tries.count("zerolite 1") == 3  # once more each, and a timed round
+    assert "zerolite 1 failed and is tried once more: rank 1 ended by SIGSEGV" in out.getvalue()
     assert all(r["model"] == "small-10k" and r["conditions"]["commit"] for r in rows)
     page = report.text(tmp_path)
     assert "Left out: FlashOptim (needs a GPU); DDP + AdamW(fused) (ImportError: no such thing)." in page
@@ -365,6 +372,12 @@ def test_seeds_are_told_apart_by_the_lines_that_the_title_names(tmp_path):
     assert len(lines) == 12 and lines[::3] == ["-", "--", ":", "-"] and (tmp_path / "a.png").stat().st_size > 1000
     assert figure.axes[0].get_title().endswith("seeds: solid 0, dashed 1, dotted 2, solid 3")
     pyplot.close(figure)
+
+
+def test_the_reason_of_a_failure_names_the_signal_and_the_first_error():
+    assert harness._reason("a\nValueError: b\nRuntimeError: c\n", [1, None]) == "ValueError: b"
+    assert harness._reason("", [None, -11]) == "rank 1 ended by SIGSEGV; no output"
+    assert harness._reason("1\n2\n3\n4\n", [0, -6]) == "rank 1 ended by SIGABRT; 2 / 3 / 4"
 
 
 def test_the_block_that_is_drawn_has_several_ranks():

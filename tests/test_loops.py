@@ -5,6 +5,8 @@ Rank r of N sees the loss on its own tokens; the plain loop sees the mean over a
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -419,6 +421,28 @@ def test_clipping_part_of_the_parameters_and_by_value(stage):
             optimizer.zero_grad()
 
     assert_like_plain(stage, loop)
+
+
+@stages
+@pytest.mark.parametrize("first", ["sync", "no_sync", None])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_after_no_sync_that_is_not_finite_changes_nothing(stage, first, bad):
+    def body(comm):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), comm)
+        for step in range(2):
+            if first is not None:
+                with optimizer.no_sync() if first == "no_sync" else contextlib.nullcontext():
+                    loss_of(model, tokens_for(step, 0, comm.rank)).backward()
+            before = {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+            with optimizer.no_sync():
+                loss = loss_of(model, tokens_for(step, 1, comm.rank))
+                (loss * (bad if step == comm.rank else 1.0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert equal(before, (dict(model.state_dict()), optimizer.full_state()))
+        return optimizer.skipped_steps
+
+    assert on_threads(2, body) == [2, 2]
 
 
 @stages

@@ -109,9 +109,8 @@ class Gradients:
         if self.flights or self.taken is not None:
             self.lane.done()
         self._empty()
-        self.packed = set()
+        self.packed, self.wide = set(), False
         self.close()
-        self.wide = False
         self.arrivals.gone, self.arrivals.repeats = set(), {}
         self.full = self.local = self.base = self.taken = None
         self.flights = []
@@ -267,9 +266,10 @@ class Gradients:
 
     def look(self) -> None:
         """Settles `suspect` for what was collected, as far as its turn to be packed has come."""
-        if self.arrived and not self.lane.transient:
+        seen = bool(self.arrived) and not self.lane.transient
+        if seen:
             self.pack()
-        elif self.arrived or self.wide:
+        if self.again or (not seen and (self.arrived or self.wide)):
             self.suspect.fill_(1)  # the exact check decides
 
     def start(self) -> None:

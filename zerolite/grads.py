@@ -309,6 +309,7 @@ class Grads:
         """A plain tensor in p.grad is this rank's gradient, instead of what was collected."""
         if entry.live:
             self.drop(entry)
+        self.written.pop(entry.index, None)
         grads_of(entry.bucket).put(entry.slot, grad)
         entry.state, entry.factor = HELD, 1.0
         self.reducer.open = True
