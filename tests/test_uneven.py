@@ -59,7 +59,7 @@ def finish(model, optimizer):
         return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
 
 
-def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
+def uneven(group, rank, stage, bucket_mb, micro, how="plain", steps=3):
     """Each rank leaves out other experts, and in the first micro-batch others than in the second."""
     model, optimizer = make(Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16), group, seeded(Experts))
     model.reentrant = how.startswith("reentrant")
@@ -69,7 +69,7 @@ def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
     elif how.endswith("shared"):
         model.order = (0, 0, 1, 2, 1, 3, 0)
     best = None
-    for step in range(3):
+    for step in range(steps):
         for part in range(micro):
             model.use([(step + part + rank + k) % 3 != 0 and not (how == "held" and k == 1) for k in range(4)])
             loss = loss_of(model, tokens_for(step, part, rank))
@@ -82,15 +82,30 @@ def uneven(group, rank, stage, bucket_mb, micro, how="plain"):
     return result
 
 
+HOW = ["clip", "held", "order", "shared", "memory", "reentrant", "reentrant shared", "reentrant memory"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_experts_beside_what_else_loops_do(how):
+    def run(comm):
+        return [uneven(comm, comm.rank, stage, bucket_mb, 3, how) for bucket_mb in (25.0, 1e-6) for stage in (0, 1, 2, 3)]
+
+    for results in on_threads(2, run):
+        assert [equal(result, results[0]) for result in results] == [True] * 8
+
+
 @everywhere
-@pytest.mark.parametrize("bucket_mb", [25.0, 1e-6])
-@pytest.mark.parametrize(
-    "how", ["clip", "held", "order", "shared", "memory", "reentrant", "reentrant shared", "reentrant memory"]
-)
-def test_experts_beside_what_else_loops_do(env, bucket_mb, how):
-    expected = on_threads(2, lambda comm: uneven(comm, comm.rank, 0, bucket_mb, 3, how))
-    found = on_processes(2, uneven_process, bucket_mb, 3, how, env={**env, "ZEROLITE_PATIENCE": "1"}, timeout=15)
-    assert [[equal(result, expected[rank]) for result in results] for rank, results in enumerate(found)] == [[True] * 4] * 2
+def test_experts_beside_what_else_loops_do_in_processes(env):
+    expected = [on_threads(2, lambda comm, how=how: uneven(comm, comm.rank, 0, 1e-6, 3, how, 1)) for how in HOW]
+    found = on_processes(2, every_way, env={**env, "ZEROLITE_PATIENCE": "1"}, timeout=15)
+    for rank, results in enumerate(found):
+        assert [[equal(result, one[rank]) for result in each] for one, each in zip(expected, results, strict=True)] == [
+            [True] * 4
+        ] * len(HOW)
+
+
+def every_way(rank):
+    return [uneven_process(rank, 1e-6, 3, how, 1) for how in HOW]
 
 
 def uneven_process(rank, *args):
