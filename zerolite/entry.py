@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zlib
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ class Table:
     def plain(self) -> bool:
         """Whether nothing was clipped or unscaled."""
         return self.factors.count(1.0) == len(self.factors)
+
+    @property
+    def mark(self) -> int:
+        """A checksum of all factors; 0 where nothing was clipped or unscaled."""
+        return 0 if self.plain else zlib.crc32(array("d", self.factors))
 
     def clear(self, state: int = NONE) -> None:
         """One state for all, without factors."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zlib
-from array import array
 from collections import deque
 from collections.abc import Callable
 from itertools import compress, repeat
@@ -88,7 +86,7 @@ class Grads:
         if scaled:
             self.reducer.flush()
             self.reducer.version += 1
-            self._history.scaled.append((self._history.rounds, zlib.crc32(array("d", self.table.factors))))
+            self._history.scaled.append((self._history.rounds, self.table.mark))
         for entry in scaled:
             grads_of(entry.bucket).multiply(entry.slot, entry.factor)
         self.table.factors[:] = [1.0] * len(self.entries)

@@ -8,7 +8,6 @@ what a rank lacks counts as 0.
 from __future__ import annotations
 
 import zlib
-from array import array
 from collections.abc import Callable
 
 import torch
@@ -257,9 +256,9 @@ class Reducer:
         """
         ledger, table = self.comm.ledger, entries[0].table
         digest = ledger.digest
-        factors = array("d", [] if table.plain else table.factors)
-        dropped, scaled, rounds = sorted(history.dropped), repr(history.scaled).encode(), history.rounds
-        marks = [zlib.crc32(repr((replaced, dropped)).encode()), zlib.crc32(factors, zlib.crc32(scaled))]
+        rounds = history.rounds
+        dropped = sorted(history.dropped)
+        marks = [zlib.crc32(repr(treated).encode()) for treated in ((replaced, dropped), (history.scaled, table.mark))]
         marks += [zlib.crc32(bytes(present)), rounds]
         for bucket in self.order:
             grads_of(bucket).look()
