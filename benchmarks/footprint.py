@@ -1,4 +1,4 @@
-"""Process memory against the plan: the sum over ranks of PSS after steps, less the same processes with a tiny model.
+"""Process memory against the plan: the physical memory of all ranks after steps, less the same processes with a tiny model.
 
     python -m benchmarks.footprint [--ranks 2] [--millions 200]
 
@@ -10,12 +10,11 @@ is trimmed.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 from pathlib import Path
 
-from benchmarks.harness import on_ranks, physical, shown, store
+from benchmarks.harness import on_ranks, shown, store
+from benchmarks.step import Memory
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -24,16 +23,9 @@ def worker(args: argparse.Namespace) -> None:
     from torch import nn
 
     import zerolite
-    from zerolite.host import trim_heap
 
     dist.init_process_group("gloo")
-
-    def measured() -> int:
-        gc.collect()
-        trim_heap()
-        total = torch.tensor([physical([os.getpid()], dist.get_world_size())])
-        dist.all_reduce(total)
-        return int(total)
+    memory = Memory(torch.device("cpu"))
 
     def trained(width: int, depth: int) -> tuple[nn.Module, zerolite.ZeroOptimizer]:
         with zerolite.meta_init():
@@ -48,11 +40,11 @@ def worker(args: argparse.Namespace) -> None:
         return model, optimizer
 
     small = trained(64, 3)
-    base = measured()
+    base, _ = memory.rest()
     del small
     depth = max(round(args.millions * 1e6 / 2048**2), 1)
     kept = trained(2048, depth)
-    whole, plan = measured(), kept[1].plan
+    (whole, _), plan = memory.rest(), kept[1].plan
     planned = sum(plan.used(home, peak=False, host=True) for home in ("device", "host"))
     if dist.get_rank() == 0:
         found = {"numel": plan.numel, "base": base, "process": whole, "planned": planned}

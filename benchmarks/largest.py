@@ -3,7 +3,7 @@
     zerolite bench largest [--limit 3G] [--ranks 2] [--width 512] [--systems "DDP,DeepSpeed,zerolite"]
 
 A GPT-2 shape grows by layers. A size fits where two steps run through while the physical memory of all ranks together
-(the sum of PSS, so that a page that ranks share counts once) stays below the limit; each system builds its model as
+(`harness.physical`: a page that ranks share counts once) stays below the limit; each system builds its model as
 sparingly as it can (meta_init, deepspeed.zero.Init, FSDP2 from the meta device).
 
 Why this and no RLIMIT: RLIMIT_AS and RLIMIT_DATA count address space, also what is never written, and of each process by

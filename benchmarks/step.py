@@ -9,7 +9,7 @@ forward, backward, update   wall time of rank 0
 communication               within those: time during which a collective, or a wait in shared memory, is under way in rank 0.
                             Of two more steps under torch.profiler, which are not timed
 first                       from the model in memory to the end of the first step: construction included
-peak, rest                  sum over ranks of PSS: its largest sample, and after the steps; base: before the model is built
+peak, rest                  physical memory of all ranks: largest sample, and after the steps; base: before the model is built
 """
 
 from __future__ import annotations

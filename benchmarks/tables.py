@@ -18,7 +18,7 @@ faster, so the first target is within reach only where DeepSpeed's time is at le
     "step": """
 Overhead is the step minus "model alone", round by round. Communication is the time within the parts before it during
 which a collective, or a wait in shared memory, is under way in rank 0. First step: from the model in memory to the end of
-the first step, construction included (in results of before: the step alone). Memory is the sum over ranks of PSS, imports
+the first step, construction included (in results of before: the step alone). Memory is physical, of all ranks, imports
 and activations included; bytes a parameter are what one rank holds between steps, above what it held before the model
 was there. MB on the wire: what the loopback interface carried, a rank and step.
 Targets at stages 1 to 3: overhead at most 1/2 of DDP's and 1/6 of the best of DeepSpeed's at the stage, first step and peak
