@@ -17,6 +17,7 @@ from torch import nn
 
 import zerolite
 from zerolite.comm.local import LocalComm
+from zerolite.lazy_grad import LazyGrad
 
 STAGES = [0, 1, 2, 3]
 stages = pytest.mark.parametrize("stage", STAGES)
@@ -468,6 +469,74 @@ def test_ops_on_gradients_that_were_kept_see_what_was_written(stage):
             optimizer.zero_grad()
 
     assert_like_plain(stage, loop)
+
+
+@stages
+def test_clipping_lists_of_all_kinds_of_gradients(stage):
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            mean_loss(model, step, 0, ranks).backward()
+            model.norm.weight.grad = model.norm.weight.grad * 3.0  # a plain tensor among handles
+            if step == 1:
+                model.norm.bias.grad = None
+            if step == 2:
+                model.scale.grad.clamp_(-1e-3, 1e-3)  # written through its handle
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=1.0 + step)
+            nn.utils.clip_grad_norm_(model.blocks[0].parameters(), 0.05, foreach=step % 2 == 0)
+            grads = [p.grad for p in model.blocks.parameters()]
+            torch._foreach_mul_(grads, [0.5 + k for k in range(len(grads))])
+            torch._foreach_div_([grads[0], grads[0]], 2.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_like_plain(stage, loop)
+
+
+@stages
+def test_clipping_asks_for_all_handles_at_once(stage, monkeypatch):
+    def body(comm):
+        model, optimizer = make(Run(stage=stage), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        grads = [p.grad for p in model.parameters()]
+        one_by_one = [torch.linalg.vector_norm(grad) for grad in grads]
+        assert all(map(torch.equal, torch._foreach_norm(grads), one_by_one))
+        wide = [*torch._foreach_norm(grads, 2.0, torch.float64), torch.linalg.vector_norm(grads[0], dtype=torch.float64)]
+        assert all(map(torch.equal, wide, [norm.double() for norm in [*one_by_one, one_by_one[0]]]))
+        with monkeypatch.context() as patched:
+            patched.setattr(LazyGrad, "__torch_dispatch__", None)  # which would be called for each
+            assert all(map(torch.equal, torch._foreach_norm(grads, 2.0), one_by_one))
+            total = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        factors = set(optimizer._built.grads.table.factors)
+        return torch.equal(total, torch.linalg.vector_norm(torch.stack(one_by_one))), len(factors), *factors
+
+    (same, count, factor), *_ = on_threads(1, body)
+    assert same and count == 1 and factor < 1.0
+
+
+def test_clipping_the_parameters_of_two_optimizers_at_once():
+    def body(comm, together):
+        pairs = [make(Run(stage=2), comm), make(Run(stage=3), comm)]
+        for step in range(2):
+            for k, (model, _) in enumerate(pairs):
+                loss_of(model, tokens_for(step, k, comm.rank)).backward()
+            grads = [[p.grad for p in model.parameters()] for model, _ in pairs]
+            if together:
+                norms = torch._foreach_norm([*grads[0], *grads[1]])
+                torch._foreach_mul_([*grads[1], *grads[0]], torch.tensor(0.5))
+            else:
+                norms = [torch.linalg.vector_norm(grad) for both in grads for grad in both]
+                for grad in [*grads[0], *grads[1]]:
+                    grad.mul_(0.5)
+            for _, optimizer in pairs:
+                optimizer.step()
+                optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match="earlier gradient"):
+            torch._foreach_norm(grads[0])
+        with pytest.raises(RuntimeError, match="earlier gradient"):
+            torch._foreach_mul_(grads[0], 0.5)
+        return norms, [(dict(model.state_dict()), optimizer.full_state()) for model, optimizer in pairs]
+
+    assert equal(on_threads(2, body, True)[0], on_threads(2, body, False)[0])
 
 
 @stages

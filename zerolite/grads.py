@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
 
@@ -18,6 +18,7 @@ from zerolite.reducer import History, Reducer, grads_of
 
 _strided = torch.strided
 _grad = attrgetter("grad")
+_row, _incoming = attrgetter("row"), attrgetter("incoming")
 _place = attrgetter("device", "dtype")
 _nothing: deque[None] = deque(maxlen=0)  # its extend() runs an iterator to its end
 _UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
@@ -49,7 +50,6 @@ class Grads:
         reducer.at_start.append(self.fold)
         reducer.at_end.append(self.complete)
         self._norms: tuple[tuple[int, int], dict[float, list[float]]] = ((-1, 0), {})
-        self._ready: dict[float, dict[int, Tensor]] = {}  # norms as tensors, by position, until they are asked for
         self.table = entries[0].table
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
         self._history = History()
@@ -161,40 +161,45 @@ class Grads:
 
     # ---- what handles ask (lazy_grad.Source)
 
-    def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None:
-        """As norm_tensor, where that has made this norm for another parameter and nothing changed since; else None."""
-        reducer, table, row = self.reducer, self.table, handle.row
-        if reducer.active or self._norms[0] != (reducer.version, -1) or table.factors[row] != 1.0:
-            return None
-        if not self._unused(handle):
-            return None
-        return self._ready[order].pop(row, None) if order in self._ready else None  # once: it is the caller's to write to
-
-    def _unused(self, handle: LazyGrad) -> bool:
-        """Whether a handle is the parameter's own, of a gradient that nothing has replaced and no step has used up."""
-        table, row = self.table, handle.row
-        if row in self.written:
-            return False
-        return table.handles[row] is handle and table.state[row] != USED and handle.incoming is None
-
-    def scale(self, handle: LazyGrad, by: object) -> bool:
-        """Records a factor of one parameter's gradient, if `by` is a number or a tensor of one; whether it did."""
-        if not (type(by) is float or (type(by) is Tensor and by.dim() == 0)) or not self._unused(handle):
-            return False
-        self.table.factors[handle.row] *= float(by)
-        return True
-
     def norm_tensor(self, entry: Entry, order: float) -> Tensor:
-        """The norm of one parameter's gradient, with factors, in fp32 on its device; made for all at once."""
+        """The norm of one parameter's gradient, with its factor, in fp32 on its device; made for all at once."""
         value = self.norms(order)[entry.index]
-        device = entry.param.device
-        if order not in self._ready:  # for norm_once, where all are on one device
-            one = {bucket.full.device for bucket in self.reducer.order} == {device}
-            values = torch.tensor(self.norms(order) if one else [], dtype=torch.float32, device=device)
-            self._ready[order] = dict(enumerate(values.unbind()))
         if order != 0.0:
             value *= abs(entry.factor)
-        return torch.tensor(value, dtype=torch.float32, device=device)
+        return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+
+    def _rows(self, handles: list[LazyGrad]) -> Sequence[int] | None:
+        """The rows of handles that all are their parameter's own, of gradients that nothing has replaced and no step has used
+        up, on one device; None where they are not, or inside of a backward."""
+        known, state = self.table.handles, self.table.state
+        if self.reducer.active or self.written or len({bucket.full.device for bucket in self.reducer.order}) > 1:
+            return None
+        rows: Sequence[int] = range(len(known))
+        if len(handles) != len(known) or not all(map(is_, handles, known)):
+            rows = list(map(_row, handles))
+            if max(rows) >= len(known) or not all(map(is_, map(known.__getitem__, rows), handles)):
+                return None
+        if USED in map(state.__getitem__, rows) or not all(map(is_, map(_incoming, handles), repeat(None))):
+            return None
+        return rows
+
+    def norm_tensors(self, handles: list[LazyGrad], order: float) -> list[Tensor] | None:
+        """norm_tensor of each, if that is all that is to be done."""
+        rows = self._rows(handles)
+        if rows is None:
+            return None
+        norms, factors = self.norms(order), self.table.factors
+        values = [norms[row] * abs(factors[row]) for row in rows] if order != 0.0 else [norms[row] for row in rows]
+        return list(torch.tensor(values, dtype=torch.float32, device=handles[0].device).unbind())
+
+    def scale_all(self, handles: list[LazyGrad], by: object) -> bool:
+        """Records a factor of each gradient, if `by` is a number or a tensor of one; whether it did."""
+        if not (type(by) is float or (type(by) is Tensor and by.dim() == 0)) or (rows := self._rows(handles)) is None:
+            return False
+        factor, factors = float(by), self.table.factors
+        for row in rows:
+            factors[row] *= factor
+        return True
 
     def clip(self, params: list[Tensor], max_norm: float, order: float) -> Tensor | None:
         """torch.nn.utils.clip_grad_norm_ with the same bits, without a call for each parameter; None: for torch to do."""
@@ -217,11 +222,10 @@ class Grads:
         """Norm of each averaged gradient, without factors; all parameters' norms are computed at once."""
         moment, known = self._norms
         if moment != self.reducer.moment:
-            known, self._ready = {}, {}
+            known = {}
         if order not in known:
             known[order] = gradient_norms(self.reducer, self.entries, order)
             self._norms = (self.reducer.moment, known)
-            self._ready.pop(order, None)
         return known[order]
 
     def finite(self) -> bool:

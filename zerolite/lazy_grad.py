@@ -17,17 +17,18 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _foreach_utils
 from torch.utils import _pytree as pytree
 
 from zerolite.entry import Entry
 
 _aten = torch.ops.aten
-_MUL = _aten.mul_.Tensor
-_mul, _vector_norm = Tensor.mul_, torch.linalg.vector_norm
+_each_mul, _each_norm = torch._foreach_mul_, torch._foreach_norm
 _pass = torch._C._disabled_torch_function_impl
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
 
@@ -37,9 +38,9 @@ class Source(Protocol):
 
     written: dict[int, Tensor]  # by row, what ops have written through handles
 
-    def norm_once(self, handle: LazyGrad, order: float) -> Tensor | None: ...
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
-    def scale(self, handle: LazyGrad, by: object) -> bool: ...
+    def norm_tensors(self, handles: list[LazyGrad], order: float) -> list[Tensor] | None: ...
+    def scale_all(self, handles: list[LazyGrad], by: object) -> bool: ...
     def finite(self) -> bool: ...
     def read(self, entry: Entry) -> Tensor: ...
     def zero(self, entry: Entry) -> None: ...
@@ -97,13 +98,14 @@ class LazyGrad(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch's clip_grad_norm_ calls for each p.grad, before torch's dispatcher; the rest as without this."""
-        if (func is _vector_norm or func is _mul) and not kwargs and len(args) == 2 and type(args[0]) is cls:
-            handle, value = args
-            if func is _vector_norm:
-                return _norm_tensor(handle, float(value))
-            if handle.source.scale(handle, value) or _scale(_MUL, args, {}) is not NotImplemented:
-                return handle
+        """What torch's clip_grad_norm_ calls for all p.grad at once, before torch's dispatcher; the rest as without this."""
+        if (func is _each_norm or func is _each_mul) and not kwargs and len(args) == 2 and set(map(type, args[0])) == {cls}:
+            handles, value = args
+            if func is _each_mul:
+                if handles[0].source.scale_all(handles, value):
+                    return None
+            elif (found := handles[0].source.norm_tensors(handles, float(value))) is not None:
+                return found
         return _pass(func, types, args, kwargs or {})
 
     @classmethod
@@ -121,12 +123,16 @@ def _norm(func: Any, args: Any, kwargs: Any) -> Any:
     order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
     if any(args[2:4]) or any(kwargs.get(name) for name in ("dim", "keepdim")):
         return NotImplemented
-    return _norm_tensor(args[0], float(order))
+    return _norm_tensor(args[0], float(order)).to(kwargs.get("dtype"))
 
 
 def _foreach_norm(func: Any, args: Any, kwargs: Any) -> Any:
     order = float(args[1]) if len(args) > 1 else float(kwargs.get("ord", 2))
-    return [_norm_tensor(g, order) if isinstance(g, LazyGrad) else torch.linalg.vector_norm(g, order) for g in args[0]]
+    dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
+    norms = [
+        _norm_tensor(grad, order) if isinstance(grad, LazyGrad) else torch.linalg.vector_norm(grad, order) for grad in args[0]
+    ]
+    return [norm.to(dtype) for norm in norms]
 
 
 def _replaced(handle: LazyGrad) -> Tensor | None:
@@ -138,9 +144,6 @@ def _replaced(handle: LazyGrad) -> Tensor | None:
 
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
-    found = handle.source.norm_once(handle, order)
-    if found is not None:
-        return found
     _check(handle)
     replaced = _replaced(handle)
     if replaced is not None:
@@ -171,17 +174,18 @@ def _apply(packet: Any, factor: float, by: float) -> float:
 
 
 def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
-    handles, by = args[0], args[1]
-    if not all(isinstance(handle, LazyGrad) for handle in handles) or (isinstance(by, Tensor) and by.dim() > 0):
+    grads, by = args[0], args[1]
+    factors = by if isinstance(by, (list, tuple)) else [by] * len(grads)
+    if any(isinstance(factor, LazyGrad) or (isinstance(factor, Tensor) and factor.dim() > 0) for factor in factors):
         return NotImplemented
-    factors = by if isinstance(by, (list, tuple)) else [float(by)] * len(handles)
-    if any(isinstance(factor, Tensor) and factor.dim() > 0 for factor in factors):
-        return NotImplemented
-    if any(_replaced(handle) is not None for handle in handles):
-        return NotImplemented
-    for handle, factor in zip(handles, factors, strict=True):
-        _check(handle)
-        handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(factor))
+    recorded = [isinstance(grad, LazyGrad) and _replaced(grad) is None for grad in grads]
+    for grad in compress(grads, recorded):
+        _check(grad)
+    for grad, factor, ours in zip(grads, factors, recorded, strict=True):
+        if ours:
+            grad.entry.factor = _apply(func.overloadpacket, grad.entry.factor, float(factor))
+        else:
+            getattr(grad, func.overloadpacket.__name__.removeprefix("_foreach_"))(factor)
     return None
 
 
@@ -293,3 +297,9 @@ def _check(handle: LazyGrad) -> None:
             f"p.grad of '{entry.name}' was used by a hook while backward() adds to it. Use p.register_hook, or p.grad after "
             "backward()."
         )
+
+
+# As DTensor does: lists of handles go to the foreach functions, so that clipping asks once for all of them.
+_foreach_types: list[type] = getattr(_foreach_utils, "_foreach_supported_types", [])
+if LazyGrad not in _foreach_types:
+    _foreach_types.append(LazyGrad)
