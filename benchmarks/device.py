@@ -1,6 +1,6 @@
 """What a GPU and its bus give, and how near zerolite comes: kernels, copies, an offloaded step.
 
-    zerolite bench device [--device cuda] [--elements 256e6] [--rounds 9] [--model llama-1.5B] [--peers]
+    zerolite bench device [--device cuda] [--elements 256e6] [--rounds 9] [--model llama-1.5B]
 
 kernels   GB/s of the fused update on the device beside a plain copy of as much memory (target: 88 % of it)
 bus       GB/s of pinned host memory, each way and both at once

@@ -153,8 +153,8 @@ def step_row(r: Row, peers: list[float | None]) -> list[str]:
     ends = [
         milliseconds(r, "first"),
         rate,
-        f"{memory / 2**20:.0f}",
-        f"{r['base'] / 2**20:.0f}" if "base" in r else "",
+        f"{memory / 1e6:.0f}",
+        f"{r['base'] / 1e6:.0f}" if "base" in r else "",
         per,
         wire,
         f"{r['loss']:.4f}",
@@ -169,7 +169,7 @@ def largest(rows: list[Row]) -> str:
         return ""
     body = []
     for r in found:
-        used = f"{r['best']['peak'] / 2**20:.0f}" if r["best"] else ""
+        used = f"{r['best']['peak'] / 1e6:.0f}" if r["best"] else ""
         each = f"{r['best']['peak'] / r['numel'] / r['ranks']:.2f}" if r["best"] else ""
         body.append([r["system"], str(r["layers"]), f"{r['numel'] / 1e6:.0f}", used, each, str(len(r["trials"]))])
     head = ["largest that trains", "layers", "M parameters", "MB, all ranks", "bytes a parameter and rank", "trials"]

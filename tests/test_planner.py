@@ -16,7 +16,7 @@ from ranks import on_threads
 from torch import nn
 
 import zerolite
-from zerolite import auto, cli, rates
+from zerolite import auto, cli, cost, partition, rates
 from zerolite.comm.local import LocalComm
 from zerolite.shapes import Counted, model_of, parse_bytes, parse_count
 
@@ -47,7 +47,7 @@ def test_sizes(text, value):
     assert parse_bytes(text, "size") == value
 
 
-@pytest.mark.parametrize("text", ["80X", "", "-1G", "1.2.3G", 0, -3, True, "0"])
+@pytest.mark.parametrize("text", ["80X", "", "-1G", "1.2.3G", 0, -3, True, "0", ".", "1e999", float("inf"), float("nan")])
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="device_bytes: expected a size such as '80G'"):
         zerolite.plan(1000, device_bytes=text)
@@ -55,6 +55,7 @@ def test_sizes_that_are_none(text):
 
 def test_counts():
     assert [parse_count(x) for x in ("7e9", "7B", 7e9, "350M", "1.5T")] == [7 * 10**9] * 3 + [350 * 10**6, 15 * 10**11]
+    assert [parse_count(x) for x in ("0.5B", ".5b", "5e+8")] == [5 * 10**8] * 3
     for count in (1, 13, 1000, 7 * 10**9):
         assert sum(p.numel() for p in Counted(count).parameters()) == count
     assert len(Counted(7 * 10**9).blocks) == 32
@@ -69,6 +70,10 @@ def test_counts():
         ({"world": 6, "ranks_per_host": 4}, "ranks_per_host: expected a divisor of world=6, got 4"),
         ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
         ({"bucket_mb": 0}, "bucket_mb: expected more than 0"),
+        ({"bucket_mb": float("inf")}, "bucket_mb: expected more than 0, and finite, got inf"),
+        ({"stage": 2, "resident": 0.5}, "resident=0.5: expected offload='states'"),
+        ({"stage": 3, "offload": "all", "resident": 0.5}, "resident=0.5: expected offload='states'"),
+        ({"update": "strem"}, "update: expected one of 'auto', 'host', 'stream', got 'strem'"),
         ({"stage": 4}, "stage: expected 0, 1, 2 or 3, got 4"),
         ({"stage": 2, "offload": "all"}, "needs sharded parameters"),
         ({"stage": 2, "moments": "int4"}, "moments: expected one of 'fp32', 'bf16', 'int8', got 'int4'"),
@@ -233,9 +238,101 @@ def test_the_command_line_says_what_is_wrong(capsys):
     for arguments, words in [
         ([], "expected one of a name or path, --config or --params, got 0"),
         (["--params", "x"], "parameters: expected a count"),
+        (["--params", "1e999"], "parameters: expected a count"),
+        (["--params", "."], "parameters: expected a count"),
+        (["--params", "7e9", "--bucket-mb", "inf"], "bucket_mb: expected more than 0, and finite"),
+        (["--config", "gpt2"], "--config: expected the path of a config.json or of its folder, found nothing at 'gpt2'"),
         (["--params", "7e9", "--host-mem", "1Q"], "--host-mem: expected a size"),
         (["--params", "7e9", "--batch", "4"], "--batch: expected rows x length"),
         (["no-such-model"], "expected an nn.Module"),
     ]:
         assert cli.main(["plan", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+class Adapted(nn.Module):
+    """A frozen base beside a small trained part."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.base = nn.Parameter(torch.zeros(1000, dtype=dtype), requires_grad=False)
+        self.part = nn.Linear(8, 8)
+        self.other = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.part(x).sum() + self.base.sum()
+
+
+def trained(model):
+    return torch.optim.AdamW([*model.part.parameters(), model.other])
+
+
+def test_a_frozen_base_outside_of_the_optimizer_is_counted_once():
+    def body(comm):
+        model = Adapted()
+        return zerolite.ZeroOptimizer(trained(model), model, stage=3, process_group=comm).plan
+
+    model, built = Adapted(), on_threads(2, body)[0]
+    planned = zerolite.plan(model, world=2, ranks_per_host=1, stage=3, optimizer=trained(model))
+    assert planned.at_rest("params") == built.at_rest("params")
+    for plan in (planned, built):
+        assert not any(term.name == "buffers, frozen" for term in plan.terms)
+
+
+def test_auto_leaves_out_stage_3_where_it_would_be_refused():
+    for model, params in [
+        (Adapted(torch.int8), lambda m: [*m.part.parameters(), m.other]),  # a frozen dtype that is not sharded
+        (Adapted(), lambda m: list(m.part.parameters())),  # one that is trained elsewhere
+    ]:
+        optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(params(model)), model, stage="auto", process_group=LocalComm())
+        assert optimizer.plan.stage < 3 and not any("stage 3" in note for note in optimizer.plan.notes)
+    with pytest.raises(TypeError, match=r"parameter 'base': expected float32, bfloat16 or float16, got torch.int8"):
+        zerolite.plan(Adapted(torch.int8), stage=3)
+    with pytest.raises(ValueError, match=r"expects float32 parameters \(or its own dtype\), got torch.float16"):
+        zerolite.plan(nn.Linear(2, 2, dtype=torch.float16), stage=2, param_dtype=torch.bfloat16)
+
+
+def test_a_model_on_the_meta_device_is_planned_where_it_will_be_built(monkeypatch):
+    model = seeded(Net).to("meta")
+    assert partition.device_of(model.parameters()).type == "cpu"
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda", 0))
+    assert partition.device_of(model.parameters()) == torch.device("cuda", 0)
+    assert partition.device_of(seeded(Net).parameters()).type == "cpu"
+
+
+def test_optimizers_whose_step_runs_on_the_host_are_planned_without_chunks():
+    model = nn.Linear(64, 64)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    plans = [
+        zerolite.plan(model, stage=2, offload="states", device="cuda", optimizer=optimizer)
+        for optimizer in (sgd, torch.optim.AdamW(model.parameters()))
+    ]
+    assert ["chunks of states" in {term.name for term in plan.terms} for plan in plans] == [False, True]
+
+
+def test_the_modelled_update_counts_elements_of_buckets_of_several_dtypes(monkeypatch):
+    def elements(*dtypes):
+        model = nn.Module()
+        for number, dtype in enumerate(dtypes):
+            model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(1 << 16, dtype=dtype, device="meta")))
+        plan = zerolite.plan(model, stage=0)
+        return cost.seconds(plan, "fp32", rates.Rates(fp32=1.0, bf16=1.0, int8=1.0, average=1e9, link=1e9)) * 1e9
+
+    assert elements(torch.float32, torch.bfloat16) == pytest.approx(2 << 16) == elements(torch.bfloat16, torch.float32)
+
+
+def test_the_command_line_plans_the_dtype_that_it_was_given(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    found = []
+    for dtype in ("float32", "bfloat16"):  # what a config says of its own checkpoint
+        values = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100, "dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert cli.main(["plan", "--config", str(tmp_path), "--dtype", "fp32", "--batch", "2x8", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["plans"])
+    assert found[0] == found[1]
+
+
+def test_the_line_to_add_names_gradients_that_were_asked_for(capsys):
+    options = ["plan", "--params", "2e9", "--device-mem", "8G", "--host-mem", "512G", "--gradients", "host"]
+    assert cli.main(options) == 0
+    assert "offload='states', gradients='host'," in capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import nn
 
 from zerolite.buffer import device_memory, linked
@@ -15,7 +14,7 @@ from zerolite.comm.pinned import by_memory
 from zerolite.host import identity as host_identity
 from zerolite.host import usable_memory
 from zerolite.options import feed_size, is_auto
-from zerolite.partition import names_of
+from zerolite.partition import device_of, names_of
 from zerolite.placement import Plan, Setting
 from zerolite.planner import DoesNotFit, Limits, Question, choose
 
@@ -34,7 +33,7 @@ def settle(
     free, total = usable_memory()
     params = list(model.parameters()) if isinstance(model, nn.Module) else []
     held = sum(p.numel() * p.element_size() for p in params if not (p.is_meta or p.is_cuda))
-    fast = linked(next((p.device for p in params if p.is_cuda), torch.device("cpu")), comm.size)
+    fast = linked(device_of(params), comm.size)
     facts = comm.share((host_identity(), free, total, held, fast), "set-up memory")
     outcome: tuple[str, Any, tuple[str, ...]] | None = None
     if comm.rank == 0:
@@ -68,8 +67,7 @@ def _decide(optimizer: Any, model: nn.Module | None, options: dict[str, Any], co
     names = names_of(model, optimizer.param_groups)
     params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
     shared = isinstance(comm, GroupComm) and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
-    device = next((p.device for _, p in params if not p.is_meta), torch.device("cpu"))
-    kind, memory = device_memory(device)
+    kind, memory = device_memory(device_of(p for _, p in params))
     setting = Setting(
         here, shared and kind == "cpu", kind, options["update"] != "host", feed=feed_size(options["update"], threaded=True)
     )

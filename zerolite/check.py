@@ -12,10 +12,19 @@ from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
 from zerolite.entry import Entry, Table
 from zerolite.meta import Recipes
-from zerolite.partition import DTYPES, UnitSpec, check_model, check_parameter, find_units, names_of
+from zerolite.options import check_bucket_mb, check_update
+from zerolite.partition import (
+    DTYPES,
+    UnitSpec,
+    check_compute_dtype,
+    check_model,
+    check_parameter,
+    device_of,
+    find_units,
+    names_of,
+)
 from zerolite.placement import Plan, make_plan
 from zerolite.update import Rule, make_rule
-from zerolite.updates import UPDATES
 
 
 @dataclass
@@ -44,10 +53,8 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
-    if not options["bucket_mb"] > 0:
-        raise ValueError(f"bucket_mb: expected more than 0, got {options['bucket_mb']!r}")
-    if options["update"] not in UPDATES:
-        raise ValueError(f"update: expected one of {', '.join(map(repr, UPDATES))}, got {options['update']!r}")
+    check_bucket_mb(options["bucket_mb"])
+    check_update(options["update"])
     check_model(model)
     if plan.params.sharded and model is None:
         raise ValueError("model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model).")
@@ -59,15 +66,8 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
         specs = find_units(model, options["units"], limit, dtype)
     else:
         specs = [UnitSpec("bucket", None, [(e.name, e.param) for e in entries])]
-    if dtype is not None:
-        for entry in entries:
-            if torch.finfo(entry.param.dtype).bits < torch.finfo(dtype).bits or (
-                entry.param.dtype != dtype and entry.param.dtype != torch.float32
-            ):
-                raise ValueError(
-                    f"parameter '{entry.name}': param_dtype={dtype} expects float32 parameters (or its own dtype), got "
-                    f"{entry.param.dtype}."
-                )
+    for entry in entries:
+        check_compute_dtype(entry.name, entry.param, dtype)
     classes = options["units"] if plan.params.sharded else None
     rule = make_rule(optimizer, options["moments"])
     if options["update"] == "stream" and not rule.threaded:
@@ -90,8 +90,7 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
             groups[p] = group
     if not any(p.requires_grad for p in groups):
         raise ValueError("optimizer: expected at least one parameter that requires a gradient, got none.")
-    default = torch.get_default_device()  # of a model on the meta device: where it would have been built
-    device = next((p.device for p in groups if not p.is_meta), default if default.type == "cuda" else torch.device("cpu"))
+    device = device_of(groups)
     owned = set(model.parameters()) if model is not None else set()
     wanted = list(groups)
     if plan.params.sharded and model is not None:

@@ -18,7 +18,7 @@ from zerolite.options import GRADIENTS
 from zerolite.placement import Plan, choices
 from zerolite.planner import DEFAULT_BUCKET_MB, Candidate, Limits, Question, explain, question_of
 from zerolite.rates import rates
-from zerolite.shapes import NAMES, parse_bytes, parse_count
+from zerolite.shapes import NAMES, model_of, parse_bytes, parse_count
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough; what is left would raise again as Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"zerolite plan: {error}", file=sys.stderr)
         return 2
 
@@ -96,8 +96,12 @@ def _plan(args: argparse.Namespace) -> int:
     device = args.device or ("cpu" if limits.device is None else "cuda")
     if device == "cpu" and limits.device is not None:
         raise ValueError("--device-mem: expected --device cuda, got cpu, where all memory is --host-mem")
-    question, what = question_of(
-        parse_count(args.params) if args.params is not None else given[0],
+    source = args.model if args.config is None else Path(args.config)
+    if isinstance(source, Path) and not source.exists():
+        raise ValueError(f"--config: expected the path of a config.json or of its folder, found nothing at {args.config!r}")
+    model, what = model_of(parse_count(args.params) if args.params is not None else source)
+    question, _ = question_of(
+        model.float(),  # a config may name another dtype than --dtype
         world=args.world,
         ranks_per_host=args.ranks_per_host,
         device=device,
@@ -189,7 +193,8 @@ def _line_to_add(best: Candidate, options: dict[str, Any]) -> str:
     dtype, bucket_mb = options["param_dtype"], options["bucket_mb"]
     label = best.label.replace("stage ", "stage=", 1)  # the options as they are written
     size = "" if bucket_mb == DEFAULT_BUCKET_MB else f", bucket_mb={bucket_mb:g}"
-    return f"optimizer = zerolite.ZeroOptimizer(optimizer, model, {label}, param_dtype={dtype}{size})"
+    rest = ", gradients='host'" if best.plan.offload == "states" and options["gradients"] == "host" else ""
+    return f"optimizer = zerolite.ZeroOptimizer(optimizer, model, {label}{rest}, param_dtype={dtype}{size})"
 
 
 def _json(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def seconds(plan: Plan, moments: str, found: Rates) -> float:
     trained = plan.trained
     full = sum(row.full for row in trained)
     whole = sum(row.full for row in plan.rows)
-    elements = full // max(trained[0].widths.param, 1) // (size if plan.states.sharded else 1) if trained else 0
+    elements = sum(row.layout.shard if plan.states.sharded else row.layout.numel for row in trained)
     if plan.setting.device != "cpu":
         return _device_seconds(plan, moments, found, full, whole, elements)
     near = plan.setting.shared
@@ -38,7 +38,7 @@ def seconds(plan: Plan, moments: str, found: Rates) -> float:
 def _device_seconds(plan: Plan, moments: str, found: Rates, full: int, whole: int, elements: int) -> float:
     share = (plan.size - 1) / plan.size
     states = plan.at_rest("states")
-    param = elements * plan.trained[0].widths.param if plan.trained else 0
+    param = full // (plan.size if plan.states.sharded else 1)
     bus = 0.0
     if plan.states.home == "host":
         time = plan.setting.here * elements * getattr(found, moments) * 1e-9

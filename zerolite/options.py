@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from zerolite.layout import Layout
 
+UPDATES = ("auto", "host", "stream")
 GRADIENTS = ("auto", "host", "device")  # where gradients rest with offload
 FEED = 2 << 20  # elements of a chunk of gradients on its way to the host (feed.py): shorter, as there is more work for each
 
@@ -22,6 +25,31 @@ def check_gradients(gradients: object, offload: object) -> None:
             "gradients='host': expected offload='states' or 'all', got offload=None, with which gradients rest where they are "
             "computed. Use offload='states', or gradients='auto'."
         )
+
+
+def check_resident(resident: object, offload: object) -> float:
+    """The part of the states that stays on the device; 0.0 while it is left to the plan. Raises ValueError where none can."""
+    if resident == "auto":
+        return 0.0
+    if isinstance(resident, bool) or not isinstance(resident, (int, float)) or not 0.0 <= resident <= 1.0:
+        raise ValueError(f"resident: expected 'auto' or a part of the states from 0.0 to 1.0, got {resident!r}")
+    if resident and offload != "states":
+        raise ValueError(
+            f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."
+        )
+    return float(resident)
+
+
+def check_bucket_mb(value: float) -> None:
+    """Raises ValueError for what is no size of a bucket."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"bucket_mb: expected more than 0, and finite, got {value!r}")
+
+
+def check_update(update: object) -> None:
+    """Raises ValueError for an update that does not exist."""
+    if update not in UPDATES:
+        raise ValueError(f"update: expected one of {', '.join(map(repr, UPDATES))}, got {update!r}")
 
 
 class Keeper:

@@ -156,6 +156,21 @@ def check_dtype(name: str, p: Tensor) -> None:
         )
 
 
+def check_compute_dtype(name: str, p: Tensor, dtype: torch.dtype | None) -> None:
+    """Raises ValueError where a parameter cannot be computed with in `dtype` (None: its own)."""
+    if dtype is not None and p.dtype not in (dtype, torch.float32):
+        raise ValueError(
+            f"parameter '{name}': param_dtype={dtype} expects float32 parameters (or its own dtype), got {p.dtype}."
+        )
+
+
+def device_of(params: Iterable[Tensor]) -> torch.device:
+    """Where parameters are; a model on the meta device is filled where it would have been built."""
+    default = torch.get_default_device()
+    built = default if default.type == "cuda" else torch.device("cpu")
+    return next((p.device for p in params if not p.is_meta), built)
+
+
 def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool = False) -> None:
     """Raises TypeError or ValueError for a parameter that cannot be partitioned.
 

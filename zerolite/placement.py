@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from zerolite.backward import FP32, highest, pair, passing, top
 from zerolite.layout import ALIGN, Layout
-from zerolite.options import check_gradients
+from zerolite.options import check_gradients, check_resident
 from zerolite.parts import arena, part_room
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
@@ -355,12 +355,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0,
             f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "
             f"stage={number}. Use stage=3 or offload='states'."
         )
-    if isinstance(resident, bool) or not isinstance(resident, (int, float)) or not 0.0 <= resident <= 1.0:
-        raise ValueError(f"resident: expected 'auto' or a part of the states from 0.0 to 1.0, got {resident!r}")
-    if resident and (not offload or offload == "all"):
-        raise ValueError(
-            f"resident={resident}: expected offload='states', of which a part may stay on the device, got offload={offload!r}."
-        )
+    part = check_resident(resident, offload)
     check_gradients(gradients, offload)
     host = "host" if offload else "device"
     # offloaded gradients leave the device as they are averaged, at every stage, so they rest sharded
@@ -371,7 +366,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0,
         params=Placement(number >= 3, "host" if offload == "all" else "device"),
         grads=Placement(number >= 2 or host == "host", "device" if gradients == "device" else host),
         states=Placement(number >= 1, host),
-        resident=float(resident),
+        resident=part,
     )
 
 

@@ -17,8 +17,18 @@ from torch import nn
 from zerolite.cost import seconds, show_ms
 from zerolite.dtypes import rest_dtype
 from zerolite.moments import MOMENTS
-from zerolite.options import Keeper, check_gradients, feed_size, is_auto
-from zerolite.partition import DTYPES, UnitSpec, beside, check_dtype, check_model, cut_buckets, find_units, names_of
+from zerolite.options import Keeper, check_bucket_mb, check_gradients, check_resident, check_update, feed_size, is_auto
+from zerolite.partition import (
+    DTYPES,
+    UnitSpec,
+    beside,
+    check_compute_dtype,
+    check_dtype,
+    check_model,
+    cut_buckets,
+    find_units,
+    names_of,
+)
 from zerolite.placement import Plan, Row, Setting, Widths, choices, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
@@ -84,8 +94,9 @@ class Question:
         """Unit and specification of each bucket."""
         key = (sharded, world)
         if key not in self._cuts:
-            for name, p in self.params:
-                if p.requires_grad:
+            whole = self.model.named_parameters() if sharded and self.model is not None else self.params
+            for name, p in whole:
+                if p.requires_grad or sharded:
                     check_dtype(name, p)
             units = [UnitSpec("bucket", None, [(name, p) for name, p in self.params if p.requires_grad])]
             limit = max(int(self.options["bucket_mb"] * 2**20), 1)
@@ -117,14 +128,17 @@ class Question:
         if self.optimizer is not None:
             rule = make_rule(self.optimizer, moments)
             width, group = rule.width, rule.group_width
-            setting = replace(setting, feed=setting.feed if rule.threaded else feed_size("host", False))
+            if not rule.threaded:
+                setting = replace(setting, stream=False, feed=feed_size("host", False))
         rows = []
         for unit, spec in self._cut(plan.params.sharded, plan.size):
             rest = rest_dtype(spec.dtype).itemsize if spec.trained and spec.dtype != torch.float32 else 0
             widths = Widths(spec.dtype.itemsize, rest + width, group, rest)
             rows.append(Row(spec.layout, widths, spec.trained, unit, spec.trained and keeper.take(spec.layout)))
         params = [p for _, p in self.params]
-        covered = {p for p in params if p.requires_grad or plan.params.sharded}
+        covered = {p for p in params if p.requires_grad}
+        if plan.params.sharded and self.model is not None:
+            covered = set(self.model.parameters())
         outside = beside(self.model, params, covered, self.options["param_dtype"])
         names = [name for name, _ in self.model.named_parameters()] if plan.params.sharded and self.model is not None else []
         return with_rows(plan, rows, replace(setting, beside=outside), names)
@@ -165,6 +179,14 @@ class Question:
             yield from replace_options(self, gradients=gradients).candidates(some, self.kinds, limits, found, world)
 
     @property
+    def whole(self) -> bool:
+        """Whether parameters cannot be sharded: there is no model, or stage 3 refuses one of its parameters."""
+        if self.model is None:
+            return True
+        known = {p for _, p in self.params}
+        return not all(p.dtype in DTYPES and (p in known or not p.requires_grad) for p in self.model.parameters())
+
+    @property
     def kinds(self) -> list[str]:
         """Storages of moments that the optimizer can have."""
         adam = self.optimizer is None or type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
@@ -192,6 +214,7 @@ def choose(
     free = is_auto(stage), offload == "auto", moments == "auto"
     if not free[1]:
         check_gradients(question.options["gradients"], offload)
+        check_resident(question.options["resident"], offload)
     if not any(free):
         plan = question.plan(stage, offload, moments)
         missing = limits.missing(plan)
@@ -199,8 +222,7 @@ def choose(
             raise DoesNotFit(_refusal(question, Candidate(plan, moments, 0.0, missing), limits, found or rates()))
         return plan
     kinds = question.kinds if free[2] else [moments]
-    whole = question.model is None
-    ways = choices(True if free[1] else offload, question.setting.device, whole)
+    ways = choices(True if free[1] else offload, question.setting.device, question.whole)
     ways = [way for way in ways if free[0] or way[0] == stage]
     if not ways:
         make_plan(stage, None if free[1] else offload, question.world)  # raises for what does not exist
@@ -251,7 +273,7 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
         if limit is not None and home in asked.missing
     )
     near: list[tuple[tuple[float, ...], str]] = []
-    ways = choices(True, question.setting.device, question.model is None)
+    ways = choices(True, question.setting.device, question.whole)
     for doubling in range(9):  # more ranks only where these do not do
         world = question.world << doubling
         for other in question.alternatives(ways, limits, found, world):
@@ -298,14 +320,17 @@ def question_of(
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     if param_dtype is not None and param_dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {param_dtype!r}")
-    if not bucket_mb > 0:
-        raise ValueError(f"bucket_mb: expected more than 0, got {bucket_mb!r}")
+    check_bucket_mb(bucket_mb)
+    check_update(update)
     model, what = model_of(source)
     check_model(model)
     params: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
     if optimizer is not None:
         names = names_of(model, optimizer.param_groups)
         params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+    for name, p in params:
+        if p.requires_grad:
+            check_compute_dtype(name, p, param_dtype)
     shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
     saved = None if batch is None else activations(model, batch, param_dtype)
     setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved, feed=feed_size(update, threaded=True))

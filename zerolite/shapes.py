@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ NAMES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:E\+?[0-9]+)?"
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _COUNTS = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
 
@@ -56,20 +58,20 @@ def parse_bytes(value: Any, name: str) -> int | None:
     """Bytes of a number or of text such as "80G" (1e9 each), "512GiB" (2^30 each), "1.5T". None stays None."""
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-        return int(value)
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGTP]?)(I?)B?\s*", str(value).upper().replace("E", "e"))
-    if isinstance(value, bool) or match is None or match[1].count(".") > 1 or not float(match[1]) > 0:
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([KMGTP]?)(I?)B?\s*", str(value).upper())
+    size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]] if match is not None else 0.0
+    if isinstance(value, bool) or not 1 <= size < math.inf:
         raise ValueError(f"{name}: expected a size such as '80G', '512GiB' or '1.5T', got {value!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]])
+    return int(size)
 
 
 def parse_count(value: Any) -> int:
     """A number of parameters: 7e9, "7e9", "7B", "350M"."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([KMBGT]?)\s*", str(value).upper().replace("E", "e"))
-    if isinstance(value, bool) or match is None or match[1].count(".") > 1 or int(float(match[1])) < 1:
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([KMBGT]?)\s*", str(value).upper())
+    count = float(match[1]) * 10 ** _COUNTS[match[2]] if match is not None else 0.0
+    if isinstance(value, bool) or not 1 <= count < math.inf:
         raise ValueError(f"parameters: expected a count such as 7e9, '7B' or '350M', got {value!r}")
-    return int(float(match[1]) * 10 ** _COUNTS[match[2]])
+    return int(count)
 
 
 class Counted(nn.Module):

@@ -39,8 +39,6 @@ from zerolite.writes import Pass
 
 log = logging.getLogger("zerolite")
 
-UPDATES = ("auto", "host", "stream")
-
 
 class Updates(Protocol):
     """How a step's updates are run."""

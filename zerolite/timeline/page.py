@@ -307,7 +307,7 @@ def _term_table(record: Recording, peak: Sample) -> str:
             NAMES[term],
             f"{record.planned[term]:,}",
             f"{peak.terms[k]:,}",
-            f"{max(sample.terms[k] for sample in record.samples):,}",
+            f"{max(sample.terms[k] for sample in [peak, *record.samples]):,}",
         ]
         for k, term in enumerate(TERMS)
     ]
