@@ -179,6 +179,42 @@ def test_what_cannot_be_initialised_is_named():
     assert model.state_dict()["table"].isnan().all()
 
 
+class Shifted(nn.Module):
+    """A vector of the parent, which keeps its values, and which a child has too."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.arange(4.0))
+        self.inner = nn.Linear(4, 4)
+        self.inner.bias = self.shift
+
+
+def test_a_vector_that_stays_and_a_child_share_one_parameter():
+    for stage in (2, 3):
+        model = on_meta(Shifted)
+        assert model.inner.bias is model.shift and not model.shift.is_meta
+        build(model, stage=stage)
+        assert torch.equal(model.state_dict()["inner.bias"], torch.arange(4.0))
+
+
+def test_a_recipe_of_rank_0_alone_fills_all_ranks():
+    def body(comm, left_out):
+        def fill(module):
+            if comm.rank == left_out:
+                nn.init.constant_(module.table, 3.0)
+
+        model = on_meta(Bare, init=fill)
+        if left_out == 1:  # rank 0 does not fill it: all ranks say so
+            with pytest.raises(ValueError, match=r"'table'.*elements that it left out"):
+                build(model, process_group=comm)
+            return None
+        build(model, process_group=comm)
+        return model.state_dict()["table"]
+
+    assert all(torch.equal(table, torch.full((4, 4), 3.0)) for table in on_threads(2, body, 0))
+    assert on_threads(2, body, 1) == [None, None]
+
+
 # ---- loading
 
 

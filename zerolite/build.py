@@ -57,6 +57,7 @@ class Built:
     updates: Updates
     staging: Staging | None  # of states in another memory than the device's
     here: int  # ranks on this host
+    inside: bool = False  # of full_params()
 
     def __post_init__(self) -> None:
         self._homes: list[tuple[dict[str, Any], list[str], list[Entry], list[nn.Parameter]]] = []  # a row for each module

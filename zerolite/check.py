@@ -114,7 +114,7 @@ def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Modul
     lines = [f"torch {torch.__version__}", f"optimizer {type(optimizer).__name__}"]
     shown = {**options, "units": sorted(c.__qualname__ for c in options["units"]) if options["units"] else None}
     lines += [f"option {name}={value!r}" for name, value in shown.items()]
-    lines.append(f"{len(checked.entries)} parameters")
+    lines.append(f"{len(checked.entries)} parameters, states of {len(optimizer.state)}")
     for entry in checked.entries:
         p = entry.param
         lines.append(f"parameter '{entry.name}' {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}")

@@ -5,14 +5,18 @@
     whole   {"state": {index: {...}}, "param_groups": [...]} with tensors of the parameters' shapes;
             loads into torch.optim.AdamW, and from it
 
-"master" is the fp32 master of bf16 and fp16 parameters. Loading checks it against the parameter: where the
-parameter holds something else, the parameter is kept and its master restarts from it, with one warning.
+"master" is the fp32 master of bf16 and fp16 parameters; those of parameters without a state yet are in "masters" beside
+"state". Loading checks a master against the parameter: where the parameter holds something else, the parameter is kept and
+its master restarts from it, with one warning.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,8 +28,11 @@ from zerolite.dtypes import bits_dtype
 from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
+from zerolite.together import together
+from zerolite.update import Rule
 
 FORMAT = 1
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def packed_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -44,20 +51,20 @@ def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket],
     for bucket in buckets:
         bucket.keep_writes()
     state: dict[int, dict[str, Any]] = {}
+    masters: dict[int, Tensor] = {}
     pieces: dict[int, list[int]] = {}
+    orders: dict[int, list[list[int]]] = {}
     for bucket in buckets:
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
             index = positions.get(entry.param)
-            if index is None:
+            if index is None or not _put(state, masters, index, entry, read_piece(bucket, number, piece, entry)):
                 continue
-            values = read_piece(bucket, number, piece, entry)
-            if not _begun(entry, values):
-                continue
-            state[index] = {name: _copy(value) for name, value in values.items()}
-            pieces[index] = [piece.start, piece.stop]
-    about = {"format": FORMAT, "rank": comm.rank, "ranks": comm.size, "pieces": pieces, "steps": _steps(positions, buckets)}
-    return {"state": state, "param_groups": packed_groups(groups), "zerolite": about}
+            pieces[index], orders[index] = [piece.start, piece.stop], _order(bucket, piece.slot)
+    about = {"format": FORMAT, "rank": comm.rank, "ranks": comm.size, "pieces": pieces, "orders": orders}
+    about["steps"] = {index: entry.steps for entry, index in _indexed(positions, buckets)}
+    about["buckets"] = [[positions[e.param] for e in bucket.entries if e.param in positions] for bucket in buckets]
+    return {**_together(state, masters, groups), "zerolite": about}
 
 
 def whole_state_dict(
@@ -66,13 +73,30 @@ def whole_state_dict(
     """The whole state on the CPU of the ranks with `keep` (a collective, one bucket at a time)."""
     positions = _positions(groups)
     state: dict[int, dict[str, Any]] = {}
+    masters: dict[int, Tensor] = {}
     for bucket in buckets:
         for entry, values in _whole_states(bucket, comm):
-            if keep and entry.param in positions and _begun(entry, values):
-                state[positions[entry.param]] = {name: _copy(value) for name, value in values.items()}
-    if not keep:
-        return None
-    return {"state": dict(sorted(state.items())), "param_groups": packed_groups(groups)}
+            if keep and entry.param in positions:
+                _put(state, masters, positions[entry.param], entry, values)
+    return _together(dict(sorted(state.items())), masters, groups) if keep else None
+
+
+def _put(
+    state: dict[int, dict[str, Any]], masters: dict[int, Tensor], index: int, entry: Entry, values: dict[str, Any]
+) -> bool:
+    """Copies of a parameter's state, or of its master where it has none yet; whether there was anything."""
+    if _begun(entry, values):
+        state[index] = {name: _copy(value) for name, value in values.items()}
+    elif "master" in values:
+        masters[index] = _copy(values["master"])
+    else:
+        return False
+    return True
+
+
+def _together(state: dict[int, dict[str, Any]], masters: dict[int, Tensor], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    more = {"masters": masters} if masters else {}
+    return {"state": state, "param_groups": packed_groups(groups), **more}
 
 
 def whole_states(buckets: Sequence[Bucket], comm: Comm) -> dict[str, dict[str, Any]]:
@@ -85,86 +109,191 @@ def whole_states(buckets: Sequence[Bucket], comm: Comm) -> dict[str, dict[str, A
     }
 
 
-def load_state(saved: dict[str, Any], groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket], comm: Comm) -> None:
-    """Replaces optimizer states by `saved`, a part of this rank or the whole; checks everything before it writes.
-
-    Raises ValueError where groups, shapes, ranks or pieces differ.
-    """
-    positions = _positions(groups)
-    names = {index: entry.name for entry, index in _indexed(positions, buckets)}
-    check_groups(saved, groups)
-    about = saved.get("zerolite")
-    if about is not None:
-        _check_part(about, names, positions, buckets, comm)
-    else:
-        _check_whole(saved, names, positions, buckets)
-    stale: list[str] = []
-    for bucket in buckets:
-        bucket.keep_writes(quiet=True)  # the model may have been loaded just now
-    for bucket in buckets:
-        for number, piece in enumerate(bucket.pieces):
-            entry = bucket.entries[piece.slot]
-            values = saved["state"].get(positions.get(entry.param))
-            if values is None and entry.steps == 0 and not _counted(bucket):
-                continue  # what the optimizer made when it was built, as Adagrad does
-            if values is None:
-                values = {}
-            elif about is None:
-                values = {k: _flat_piece(k, v, entry, piece) for k, v in values.items()}
-            if not _write(bucket, number, piece, values):
-                stale.append(entry.name)
-        bucket.note_versions()  # values loaded before are known, and their masters are set
-    steps = about["steps"] if about is not None else {i: _step_of(values) for i, values in saved["state"].items()}
-    for entry, index in _indexed(positions, buckets):
-        entry.steps = int(steps.get(index, 0))
-    if stale:
-        warnings.warn(
-            f"load_state_dict: {len(stale)} parameter(s), first '{stale[0]}', hold other values than when the optimizer was "
-            "saved; they are kept, and their fp32 masters restart from them. Load the model before the optimizer.",
-            stacklevel=3,
-        )
+# ---- loading
 
 
-def check_groups(saved: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError where the saved param groups have other sizes."""
-    ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved["param_groups"]]
-    if ours != theirs:
-        raise ValueError(f"load_state_dict: expected param groups of {ours} parameters, got {theirs}. Build the same groups.")
+@dataclass
+class Saved:
+    """A state dict, read; keys are positions in the param groups."""
+
+    state: dict[int, dict[str, Any]]
+    masters: dict[int, Tensor]  # of parameters without a state
+    groups: list[dict[str, Any]]
+    about: dict[str, Any] | None  # of a part; None: the whole
+    steps: dict[int, int]
+
+    def late(self, entries: Sequence[Entry], groups: Sequence[dict[str, Any]]) -> list[list[Entry]]:
+        """Parameters that are frozen now but were trained, as they lay together in the buckets that were saved."""
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        wanted = {params[index] for index in self.state.keys() | self.steps.keys() | self.masters.keys()}
+        left = {entry.param: entry for entry in entries if entry.handle is None and entry.param in wanted}
+        cuts = [[params[index] for index in cut] for cut in self.about.get("buckets", [])] if self.about else []
+        return [found for cut in [*cuts, list(left)] if (found := [left.pop(p) for p in cut if p in left])]
+
+    @property
+    def mark(self) -> int:
+        """What has to be the same on every rank, in short."""
+        plain = (int, float, str, tuple, list, type(None))
+        told = [sorted((k, v) for k, v in g.items() if k != "params" and isinstance(v, plain)) for g in self.groups]
+        return zlib.crc32(repr((sorted((k, n) for k, n in self.steps.items() if n), told)).encode())
 
 
-def _check_part(
-    about: dict[str, Any], names: dict[int, str], positions: dict[Tensor, int], buckets: Sequence[Bucket], comm: Comm
+def load(
+    state_dict: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    entries: Sequence[Entry],
+    trained: Callable[[], Sequence[Bucket]],
+    rule: Rule,
+    comm: Comm,
+    adopt: Callable[[list[Entry]], None],
 ) -> None:
-    if about["format"] > FORMAT:
+    """Replaces optimizer states by a part of this rank or the whole (a collective). Parameters that are frozen now but were
+    trained get theirs. Checks everything on every rank before any writes.
+
+    Raises ValueError where groups, shapes, ranks or pieces differ, RuntimeError where another rank's do.
+    """
+    saved: Saved | None = None
+    problem: Exception | None = None
+    try:
+        saved = _read(state_dict, groups, rule)
+        _check(saved, groups, trained(), comm)
+    except Exception as error:
+        problem = error
+    _agree(comm, problem, saved)
+    assert saved is not None
+    late = saved.late(entries, groups)
+    for part in late:
+        adopt(part)
+    if late:
+        try:
+            _check(saved, groups, trained(), comm)
+        except ValueError as error:
+            problem = error
+        _agree(comm, problem, saved)
+    _write(saved, groups, trained())
+
+
+def _agree(comm: Comm, problem: Exception | None, saved: Saved | None) -> None:
+    together(
+        comm,
+        "load_state_dict",
+        problem,
+        saved.mark if problem is None and saved is not None else None,
+        "load its state dict",
+        "load_state_dict: expected the same steps and param groups on every rank, got others on rank {rank} than on rank 0. "
+        "Load what the same step saved.",
+    )
+
+
+def _read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Rule) -> Saved:
+    """Raises ValueError where the param groups have other sizes, NotImplementedError where they have unknown options."""
+    theirs: list[dict[str, Any]] = state_dict["param_groups"]
+    counts, got = [len(g["params"]) for g in groups], [len(g["params"]) for g in theirs]
+    if counts != got:
+        raise ValueError(f"load_state_dict: expected param groups of {counts} parameters, got {got}. Build the same groups.")
+    for group, saved in zip(groups, theirs, strict=True):
+        rule.check({**group, **saved})
+    # as torch: whatever names the parameters, their order counts
+    places = {name: place for place, name in enumerate(chain.from_iterable(g["params"] for g in theirs))}
+
+    def placed(values: dict[Any, Any]) -> dict[int, Any]:
+        for name in values:
+            if name not in places:
+                raise ValueError(f"load_state_dict: expected states of parameters in its param groups, got one of {name!r}.")
+        return {places[name]: value for name, value in values.items()}
+
+    state, masters = placed(state_dict["state"]), placed(state_dict.get("masters", {}))
+    about = state_dict.get("zerolite")
+    if about is not None and about["format"] > FORMAT:
         raise ValueError(f"load_state_dict: expected format {FORMAT} or older, got {about['format']}. Update zerolite.")
+    steps = about["steps"] if about is not None else {index: _step_of(values) for index, values in state.items()}
+    return Saved(state, masters, theirs, about, steps)
+
+
+def _check(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket], comm: Comm) -> None:
+    """Raises ValueError for states that do not fit the buckets that there are."""
+    positions = _positions(groups)
+    known = {index: entry for entry, index in _indexed(positions, buckets)}
+    for index, values in saved.state.items():
+        lacking = _ADAM - values.keys() if index in known and _counted(known[index].bucket) else set()
+        if lacking and values:
+            raise ValueError(
+                f"parameter '{known[index].name}': expected states {sorted(_ADAM)}, got {sorted(values)}. They are of another "
+                "optimizer."
+            )
+    if saved.about is not None:
+        _check_part(saved.about, known, comm)
+        return
+    for index, values in [*saved.state.items(), *((k, {"master": v}) for k, v in saved.masters.items())]:
+        for key, value in values.items():
+            shape = known[index].param.shape if index in known else None
+            if isinstance(value, Tensor) and value.dim() > 0 and shape is not None and value.shape != shape:
+                raise ValueError(
+                    f"parameter '{known[index].name}': expected state '{key}' of shape {tuple(shape)}, got "
+                    f"{tuple(value.shape)}. It is of another model, or one rank's part without its 'zerolite' entry."
+                )
+
+
+def _check_part(about: dict[str, Any], known: dict[int, Entry], comm: Comm) -> None:
     if (about["ranks"], about["rank"]) != (comm.size, comm.rank):
         raise ValueError(
             f"load_state_dict: expected the part of rank {comm.rank} of {comm.size}, got rank {about['rank']} of "
             f"{about['ranks']}. Save with consolidate_state_dict() to load at another world size."
         )
-    ours = {
-        positions[bucket.entries[piece.slot].param]: [piece.start, piece.stop]
-        for bucket in buckets
-        for piece in bucket.pieces
-        if bucket.entries[piece.slot].param in positions
-    }
-    for index, piece in about["pieces"].items():
-        if ours.get(index) != list(piece):
+    for index, entry in known.items():
+        bucket, saved = entry.bucket, about["pieces"].get(index)
+        assert bucket is not None
+        ours = next(([piece.start, piece.stop] for piece in bucket.pieces if piece.slot == entry.slot), None)
+        if ours != saved and (saved is not None or about["steps"].get(index, 0) > 0):
             raise ValueError(
-                f"parameter '{names.get(index, index)}': this rank holds elements {ours.get(index)}, the state dict holds "
-                f"{list(piece)}. It was saved with another stage or bucket_mb; consolidate_state_dict() allows that."
+                f"parameter '{entry.name}': this rank holds elements {ours}, the state dict holds {saved}. It was saved with "
+                "another stage or bucket_mb; consolidate_state_dict() allows that."
+            )
+        order = _order(bucket, entry.slot)
+        if about.get("orders", {}).get(index, order) != order:
+            raise ValueError(
+                f"parameter '{entry.name}': expected shape and strides {order}, got {about['orders'][index]}. It was saved in "
+                "another memory format; consolidate_state_dict() allows that."
             )
 
 
-def _check_whole(saved: dict[str, Any], names: dict[int, str], positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> None:
-    shapes = {index: entry.param.shape for entry, index in _indexed(positions, buckets)}
-    for index, values in saved["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and index in shapes and value.shape != shapes[index]:
-                raise ValueError(
-                    f"parameter '{names[index]}': expected state '{key}' of shape {tuple(shapes[index])}, got "
-                    f"{tuple(value.shape)}. It is of another model, or one rank's part without its 'zerolite' entry."
-                )
+def _write(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> None:
+    positions = _positions(groups)
+    stale: list[str] = []
+    unused: list[str] = []
+    for bucket in buckets:
+        bucket.keep_writes(quiet=True)  # the model may have been loaded just now
+    for bucket in buckets:
+        assert bucket.state is not None
+        for number, piece in enumerate(bucket.pieces):
+            entry = bucket.entries[piece.slot]
+            index = positions.get(entry.param, -1)
+            values = saved.state.get(index)
+            master = saved.masters.get(index) if values is None else values.get("master")
+            if saved.about is None:
+                values = {k: _flat_piece(k, v, entry, piece) for k, v in values.items()} if values is not None else None
+                master = None if master is None else _flat_piece("master", master, entry, piece)
+            if values is not None or entry.steps > 0 or _counted(bucket):  # else what the optimizer made when it was built
+                bucket.state.write(number, {k: v for k, v in (values or {}).items() if k != "master"})
+            if master is not None and not bucket.rest.numel():
+                unused.append(entry.name)
+            elif master is not None and not _write_master(bucket, piece, master):
+                stale.append(entry.name)
+        bucket.note_versions()  # values loaded before are known, and their masters are set
+        for entry in bucket.entries:
+            entry.steps = int(saved.steps.get(positions.get(entry.param, -1), 0))
+    if stale:
+        warnings.warn(
+            f"load_state_dict: {len(stale)} parameter(s), first '{stale[0]}', hold other values than when the optimizer was "
+            "saved; they are kept, and their fp32 masters restart from them. Load the model before the optimizer.",
+            stacklevel=5,
+        )
+    if unused:
+        warnings.warn(
+            f"load_state_dict: {len(unused)} parameter(s), first '{unused[0]}', are fp32 here and were saved with fp32 masters "
+            "beside rounded values: what the model was loaded with stays. save_pretrained(..., masters=True) keeps them whole.",
+            stacklevel=5,
+        )
 
 
 def _positions(groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:
@@ -176,16 +305,17 @@ def _indexed(positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> list[tu
     return [(entry, positions[entry.param]) for entry in entries if entry.param in positions]
 
 
-def _steps(positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> dict[int, int]:
-    return {index: entry.steps for entry, index in _indexed(positions, buckets)}
-
-
 def _step_of(values: dict[str, Any]) -> int:
     return int(values.get("step", 1))
 
 
-def _counted(bucket: Bucket) -> bool:
-    assert bucket.state is not None
+def _order(bucket: Bucket, slot: int) -> list[list[int]]:
+    """Shape and strides of a parameter: which element is where in its piece."""
+    return [list(bucket.views[slot].shape), list(bucket.views[slot].stride())]
+
+
+def _counted(bucket: Bucket | None) -> bool:
+    assert bucket is not None and bucket.state is not None
     return bucket.state.counted
 
 
@@ -209,17 +339,10 @@ def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[
     return values
 
 
-def _write(bucket: Bucket, number: int, piece: Piece, values: dict[str, Any]) -> bool:
+def _write_master(bucket: Bucket, piece: Piece, master: Tensor) -> bool:
     """False where the saved master does not belong to the parameter's present value."""
-    assert bucket.state is not None
-    master = values.get("master")
-    bucket.state.write(number, {name: value for name, value in values.items() if name != "master"})
     part = _range(piece)
-    if not bucket.rest.numel():
-        return True
     param, rest = bucket.mine[part], bucket.rest[part]
-    if master is None:
-        return True  # a state without masters (of torch.optim): the parameter's low bits stay
     fresh = torch.zeros_like(rest) if rest.dtype == torch.int16 else param.float()
     hi, lo = torch.empty_like(param), torch.empty_like(rest)
     split_(hi, lo, master.to(param.device, torch.float32))

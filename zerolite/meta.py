@@ -57,17 +57,22 @@ def meta_init(init: Init = True) -> Iterator[None]:
 
 def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     made = getattr(_inside, "made", None)
-    if made is not None and isinstance(param, nn.Parameter) and not nn.parameter.is_lazy(param) and not _stays(module, param):
-        if not param.is_meta and param not in made:
-            meta = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-            meta.__class__ = type(param)
-            meta.__dict__.update(param.__dict__)
-            made[param] = meta
-        param = param if param.is_meta else made[param]
-        # Deep copies keep no attributes of parameters, and a parameter may be handed to another module.
-        module.__dict__["zerolite_init"] = _inside.init
-        param.__dict__.setdefault("zerolite_init", _inside.init)
+    if made is not None and isinstance(param, nn.Parameter) and not nn.parameter.is_lazy(param):
+        if param not in made:
+            made[param] = param if param.is_meta or _stays(module, param) else _on_meta(param)
+        param = made[param]
+        if param.is_meta:
+            # Deep copies keep no attributes of parameters, and a parameter may be handed to another module.
+            module.__dict__["zerolite_init"] = _inside.init
+            param.__dict__.setdefault("zerolite_init", _inside.init)
     _register(module, name, param)
+
+
+def _on_meta(param: nn.Parameter) -> nn.Parameter:
+    meta = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+    meta.__class__ = type(param)
+    meta.__dict__.update(param.__dict__)
+    return meta
 
 
 def _stays(module: nn.Module, param: nn.Parameter) -> bool:

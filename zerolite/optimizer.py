@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,7 +101,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
-        self._inside = False  # of full_params()
         if optimizer.state:
             self._load(optimizer.state_dict())
             optimizer.state.clear()
@@ -113,7 +114,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         `skipped_steps`. Raises RankError where ranks took different paths, RuntimeError where gradients were used
         up or a parameter was replaced, or inside full_params().
         """
-        if self._inside:
+        if self._parts.inside:
             raise RuntimeError(
                 "step(): expected outside of `with optimizer.full_params()`, got inside, where what parameters hold counts as "
                 "written by the script. Leave the block first."
@@ -218,17 +219,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def full_params(self) -> Any:
         """Parameters whole on every rank inside (a collective); what every rank writes to them is kept. No step() inside."""
-        schedule = self._settled.schedule
-        if self._inside:  # the outer one does it
+        built = self._settled
+        if built.inside:  # the outer one does it
             with torch.no_grad():
                 yield
             return
-        self._inside = True
+        built.inside, schedule = True, built.schedule
         try:
             with torch.no_grad(), full_params(schedule) if schedule is not None else kept_writes(self._trained):
                 yield
         finally:
-            self._inside = False
+            built.inside = False
 
     def full_grads(self) -> dict[str, Tensor]:
         """Averaged gradients by parameter name, whole on every rank (a collective); between backward and step."""
@@ -293,7 +294,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """Loads this rank's part at the same layout, or a whole state dict, also one of torch.optim, at any.
 
-        Load the model first. Raises ValueError, before anything is written, where groups, shapes or pieces differ.
+        A collective. Load the model first. Raises on every rank, before anything is written, where groups, shapes, pieces or
+        ranks differ; RuntimeError inside full_params().
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -301,22 +303,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if result is None else result
         self._load(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
+            group.update({name: copy.deepcopy(value) for name, value in saved.items() if name != "params"})
+        # what a class fixes (AdamW's decoupled decay), and defaults of options that are newer than the checkpoint
+        self._inner.__setstate__({"state": defaultdict(dict), "param_groups": self.param_groups})
         self._whole = None
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        """Loads states; parameters that are frozen now but have a saved state get theirs (the same on every rank)."""
-        self._parts.updates.settle()
-        checkpoint.check_groups(state_dict, self.param_groups)
-        saved = set(state_dict["state"]) | set(state_dict.get("zerolite", {}).get("steps", {}))
-        params = [p for group in self.param_groups for p in group["params"]]
-        wanted = {p for index, p in enumerate(params) if index in saved}
-        late = [entry for entry in self._parts.entries if entry.handle is None and entry.param in wanted]
-        if late:
-            self._adopt(late)
-        checkpoint.load_state(state_dict, self.param_groups, self._trained, self._parts.comm)
+        built = self._settled
+        if built.inside:
+            raise RuntimeError("load_state_dict: expected to be called outside of full_params(), got called inside.")
+        checkpoint.load(
+            state_dict, self.param_groups, built.entries, lambda: self._trained, built.rule, built.comm, self._adopt
+        )
 
     # ---- parameters that come later
 

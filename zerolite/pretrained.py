@@ -17,10 +17,16 @@ from zerolite.bucket import Bucket, Entry
 from zerolite.build import BUILT, Built
 from zerolite.layout import Piece
 from zerolite.safetensors import Stored, digest, open_files
+from zerolite.together import together
 from zerolite.values import begin, end, put
 
 CHUNK = 1 << 20  # elements that a rank reads at once
 SHOWN = 8  # names in an error
+_DOING = "load pretrained values"
+_DIFFER = (
+    "load_pretrained: expected the same files on every rank, got other names, dtypes or shapes on rank {rank} than on rank 0. "
+    "Put the same files on every host."
+)
 
 
 class Loaded(NamedTuple):
@@ -49,15 +55,16 @@ def load_pretrained(
     """
     built = built_of(model, "load_pretrained", "without one, use model.load_state_dict(safetensors.torch.load_file(path))")
     problem: Exception | None = None
+    told: Any = None
     wanted = Wanted(model)
     try:
         at_rest(built, "load_pretrained")
         files = open_files(path)
         result = wanted.match(files, rename or (lambda name: name), strict)
-        told: Any = digest(files)
+        told = digest(files)
     except Exception as error:  # told to the other ranks, then raised
-        problem, told = error, f"{type(error).__name__}: {error}"
-    _agree(built, problem, told, "set-up pretrained names")
+        problem = error
+    together(built.comm, "set-up pretrained names", problem, told, _DOING, _DIFFER)
     if built.schedule is not None:
         built.schedule.give_back()
         built.schedule.release_all()
@@ -73,7 +80,7 @@ def load_pretrained(
                 tensor.copy_(stored.read(0, stored.numel).view(stored.shape))
         except Exception as error:
             problem = error
-        _agree(built, problem, str(problem), "set-up pretrained values")
+        together(built.comm, "set-up pretrained values", problem, None, _DOING, _DIFFER)
         for bucket in buckets:
             end(bucket)
     return result
@@ -92,9 +99,9 @@ def built_of(model: nn.Module, caller: str, instead: str) -> Built:
 
 
 def at_rest(built: Built, caller: str) -> None:
-    """No update is under way, and nobody holds parameters. Raises RuntimeError inside full_params() at stage 3, and for
-    parameters that were replaced."""
-    if built.schedule is not None and built.schedule.held:
+    """No update is under way, and nobody holds parameters. Raises RuntimeError inside full_params(), and for parameters that
+    were replaced."""
+    if built.inside:
         raise RuntimeError(f"{caller}: expected to be called outside of full_params(), got called inside.")
     built.updates.settle()
     built.check_replaced()
@@ -108,21 +115,6 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[f"{path}.{name}" if path else name] = buffer
     return found
-
-
-def _agree(built: Built, problem: Exception | None, told: Any, what: str) -> None:
-    """Every rank succeeded and saw the same, or every rank raises."""
-    shared = built.comm.share((problem is not None, told), what)
-    if problem is not None:
-        raise problem
-    for rank, (failed, theirs) in enumerate(shared):
-        if failed:
-            raise RuntimeError(f"rank {rank} could not load pretrained values: {theirs}")
-        if theirs != shared[0][1]:
-            raise ValueError(
-                f"load_pretrained: expected the same files on every rank, got other names, dtypes or shapes on rank {rank} "
-                "than on rank 0. Put the same files on every host."
-            )
 
 
 class Wanted:

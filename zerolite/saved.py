@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from zerolite.build import Built
 from zerolite.pretrained import at_rest, built_of, named_tensors
 from zerolite.safetensors import INDEX, SINGLE, header
+from zerolite.together import together
+
+_DIFFER = "save_pretrained: expected the same `masters` on every rank, got another on rank {rank} than on rank 0."
 
 
 class Item(NamedTuple):
@@ -47,14 +50,18 @@ def save_pretrained(
 
     No rank holds more than one bucket (25 MiB, or one larger parameter) beyond its share. `load_pretrained`, transformers and
     the safetensors package read it; of tied parameters the first name is written. Raises on every rank: ValueError for a
-    model without a ZeroOptimizer, RuntimeError inside full_params() at stage 3 or where rank 0 could not write.
+    model without a ZeroOptimizer, RuntimeError inside full_params() or where rank 0 could not write.
     """
     built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
-    if file_bytes < 1:
-        raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
-    at_rest(built, "save_pretrained")
-    names = {tensor: name for name, tensor in reversed(named_tensors(model).items())}  # of tied ones the first
     problem: Exception | None = None
+    try:
+        if file_bytes < 1:
+            raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
+        at_rest(built, "save_pretrained")
+    except Exception as error:
+        problem = error
+    together(built.comm, "set-up save_pretrained", problem, masters, "begin save_pretrained", _DIFFER)
+    names = {tensor: name for name, tensor in reversed(named_tensors(model).items())}  # of tied ones the first
     files: Files | None = None
     if built.comm.rank == 0:
         try:

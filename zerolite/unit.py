@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -118,7 +118,7 @@ class Schedule:
     units: list[Unit]
     order: list[Unit]  # units in the order of their first use in the last complete forward
     seen: list[Unit]  # the same for the forward under way
-    borrowed: Unit | None  # gathered for someone who reads or writes parameters outside of a forward
+    borrowed: list[Unit]  # gathered for someone who reads or writes parameters outside of a forward
     held: bool  # inside full_params(): nothing is released
     open: bool  # units are in use: leaves that are released watch themselves
     pinned: bool  # a backward with create_graph: what it needs again stays whole until the step
@@ -141,7 +141,7 @@ class Schedule:
         self.entered = []
         self.order = []
         self.seen = []
-        self.borrowed = None
+        self.borrowed = []
         self.held = self.pinned = self.open = False
 
     def _release(self, unit: Unit) -> None:
@@ -292,19 +292,19 @@ class Schedule:
             unit.unwatch()
             self._release(unit)
             unit.forget()
-        self.borrowed = None
+        self.borrowed = []
         self.entered = []
 
-    def borrow(self, unit: Unit) -> None:
-        """Makes one unit whole for a reader outside of forward and backward; the one before it goes back."""
-        if self.borrowed is unit:
-            return
-        self.give_back()
-        unit.ready()
-        self.borrowed = unit
+    def borrow(self, units: list[Unit]) -> None:
+        """Makes a few units whole for a reader outside of forward and backward; others that were go back."""
+        self.give_back(keep=units)
+        for unit in units:
+            unit.ready()
+        self.borrowed = units
 
-    def give_back(self) -> None:
-        """Releases the borrowed unit; values written to it are kept."""
-        if self.borrowed is not None:
-            self._release(self.borrowed)
-            self.borrowed = None
+    def give_back(self, keep: Sequence[Unit] = ()) -> None:
+        """Releases what was borrowed; values written to it are kept."""
+        for unit in self.borrowed:
+            if unit not in keep:
+                self._release(unit)
+        self.borrowed = []

@@ -241,13 +241,21 @@ class TorchState:
         return dict(self.optimizer.state.get(self.keys[piece], {}))
 
     def write(self, piece: int, values: dict[str, Any]) -> None:
-        self.optimizer.state[self.keys[piece]] = {
-            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) for name, value in values.items()
-        }
+        device = self.keys[piece].device
+        self.optimizer.state[self.keys[piece]] = {name: _own(value, device) for name, value in values.items()}
 
     def tensors(self) -> list[Tensor]:
         values = [value for state in self.optimizer.state.values() for value in state.values()]
         return [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+
+
+def _own(value: Any, device: torch.device) -> Any:
+    """A copy of a state; of elements in fp32 where they are updated, as its step would make them."""
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    if value.dim() == 0:
+        return value.clone()
+    return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32") -> Rule:

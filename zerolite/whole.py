@@ -69,10 +69,9 @@ class WholeStateDict:
         """Replaces a module's own entries by copies of the whole parameters."""
         for name, entry in self._mine(module):
             if prefix + name in state:
-                self.schedule.borrow(self.owner[id(entry.bucket)])
+                self.schedule.borrow([self.owner[id(entry.bucket)]])
                 state[prefix + name] = entry.param.detach().clone()
 
     def borrow(self, module: nn.Module) -> None:
         """Makes a module's own parameters whole, so that values can be copied into them."""
-        for _, entry in self._mine(module):
-            self.schedule.borrow(self.owner[id(entry.bucket)])
+        self.schedule.borrow([self.owner[id(entry.bucket)] for _, entry in self._mine(module)])
