@@ -27,7 +27,7 @@ above imports at most 1/2 of it. Columns "of" compare with DDP, and with the bes
     "largest": """
 Targets at two ranks: 2 times DeepSpeed's largest with exact moments, 3 times with int8. How it is found, and what a limit is:
 `zerolite bench largest --help`. At two ranks parameters (one copy for both), remainder, moments and gradients rest at
-1 + 1 + 4 + 1 = 7 bytes a parameter and rank, with int8 moments at 4.03; the rest of the column is imports, activations and
+1 + 1 + 4 + 1 = 7 bytes a parameter and rank, with int8 moments at 4.02; the rest of the column is imports, activations and
 gradients on their way, which a smaller state does not make smaller. The targets ask for 1/2 and 1/3 of DeepSpeed's column.
 """,
     "passes": """

@@ -37,7 +37,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         model: the module that owns the parameters; needed for stage 3, names errors and checkpoints elsewhere.
         stage: 0 nothing is sharded, 1 optimizer states, 2 gradients too, 3 parameters too;
             "auto": the fastest that fits in the memory that is free, and `plan` says why.
-        offload: None, "states" (states and gradients at rest count as host memory) or "all" (parameters too; stage 3).
+        offload: None, "states" (on the host; gradients at rest where `gradients` says) or "all" (parameters too; stage 3).
         param_dtype: compute dtype, e.g. torch.bfloat16. An fp32 parameter keeps its low bits in the optimizer.
         moments: storage of Adam's moments, "fp32"; "bf16" and "int8" round them to 2 and 1 bytes each (Adam, AdamW).
         units: module classes that are gathered as one at stage 3; None: children of the outermost ModuleLists and
