@@ -14,10 +14,10 @@ from benchmarks.harness import ROOT, read, shown
 
 HEAD = """# Benchmarks
 
-Written by `zerolite bench report` from `benchmarks/results/`. The command above each table measures it again; `make peers bench`
-measures a part in about 45 minutes on 2 cores. [benchmarks/README.md](../benchmarks/README.md) has the rules. Sides run interleaved in one run and are compared
-by the median of their ratios; times are medians, or p20, p50, p80. Machines differ and are noisy, so only ratios inside
-one table mean something. What zerolite does not win is listed as well.
+Written by `zerolite bench report` from `benchmarks/results/`. The command above each table measures it again; `make peers
+bench` measures a part in about 45 minutes on 2 cores. [benchmarks/README.md](../benchmarks/README.md) has the rules. Sides
+run interleaved in one run and are compared by the median of their ratios; times are medians, or p20, p50, p80. Machines
+differ and are noisy, so only ratios inside one table mean something. What zerolite does not win is listed as well.
 """
 
 

@@ -64,7 +64,7 @@ def part_state_dict(groups: Sequence[dict[str, Any]], buckets: Sequence[Bucket],
     about = {"format": FORMAT, "rank": comm.rank, "ranks": comm.size, "pieces": pieces, "orders": orders}
     about["steps"] = {index: entry.steps for entry, index in _indexed(positions, buckets)}
     about["buckets"] = [[positions[e.param] for e in bucket.entries if e.param in positions] for bucket in buckets]
-    return {**_together(state, masters, groups), "zerolite": about}
+    return {**_dict_of(state, masters, groups), "zerolite": about}
 
 
 def whole_state_dict(
@@ -78,7 +78,7 @@ def whole_state_dict(
         for entry, values in _whole_states(bucket, comm):
             if keep and entry.param in positions:
                 _put(state, masters, positions[entry.param], entry, values)
-    return _together(dict(sorted(state.items())), masters, groups) if keep else None
+    return _dict_of(dict(sorted(state.items())), masters, groups) if keep else None
 
 
 def _put(
@@ -94,7 +94,7 @@ def _put(
     return True
 
 
-def _together(state: dict[int, dict[str, Any]], masters: dict[int, Tensor], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _dict_of(state: dict[int, dict[str, Any]], masters: dict[int, Tensor], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     more = {"masters": masters} if masters else {}
     return {"state": state, "param_groups": packed_groups(groups), **more}
 
@@ -222,7 +222,8 @@ def _check(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
                 "optimizer."
             )
     if saved.about is not None:
-        _check_part(saved.about, known, comm)
+        pieces = {positions.get(b.entries[p.slot].param): [p.start, p.stop] for b in buckets for p in b.pieces}
+        _check_part(saved.about, known, pieces, comm)
         return
     for index, values in [*saved.state.items(), *((k, {"master": v}) for k, v in saved.masters.items())]:
         for key, value in values.items():
@@ -234,22 +235,20 @@ def _check(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
                 )
 
 
-def _check_part(about: dict[str, Any], known: dict[int, Entry], comm: Comm) -> None:
+def _check_part(about: dict[str, Any], known: dict[int, Entry], pieces: dict[int | None, list[int]], comm: Comm) -> None:
     if (about["ranks"], about["rank"]) != (comm.size, comm.rank):
         raise ValueError(
             f"load_state_dict: expected the part of rank {comm.rank} of {comm.size}, got rank {about['rank']} of "
             f"{about['ranks']}. Save with consolidate_state_dict() to load at another world size."
         )
     for index, entry in known.items():
-        bucket, saved = entry.bucket, about["pieces"].get(index)
-        assert bucket is not None
-        ours = next(([piece.start, piece.stop] for piece in bucket.pieces if piece.slot == entry.slot), None)
-        if ours != saved and (saved is not None or about["steps"].get(index, 0) > 0):
+        ours, saved = pieces.get(index), about["pieces"].get(index)
+        if ours != (saved and list(saved)) and (saved is not None or about["steps"].get(index, 0) > 0):
             raise ValueError(
                 f"parameter '{entry.name}': this rank holds elements {ours}, the state dict holds {saved}. It was saved with "
                 "another stage or bucket_mb; consolidate_state_dict() allows that."
             )
-        order = _order(bucket, entry.slot)
+        order = _order(entry.bucket, entry.slot)
         if about.get("orders", {}).get(index, order) != order:
             raise ValueError(
                 f"parameter '{entry.name}': expected shape and strides {order}, got {about['orders'][index]}. It was saved in "
@@ -309,8 +308,9 @@ def _step_of(values: dict[str, Any]) -> int:
     return int(values.get("step", 1))
 
 
-def _order(bucket: Bucket, slot: int) -> list[list[int]]:
+def _order(bucket: Bucket | None, slot: int) -> list[list[int]]:
     """Shape and strides of a parameter: which element is where in its piece."""
+    assert bucket is not None
     return [list(bucket.views[slot].shape), list(bucket.views[slot].stride())]
 
 
