@@ -226,11 +226,12 @@ def scale(rows: list[Row]) -> str:
             line += [f"{r['measured']['step'] * 1e3:.0f}", f"{r['predicted']['step'] * 1e3:.0f}"]
             line += [f"{r['errors'][name]:+.1%}" for name in ("step", "peak", "rest")]
         head = ["model", "processor", "system", "ranks", "measured, ms", "predicted, ms", "step", "peak", "rest"]
-        near = sum(abs(error) <= TOLERANCE for r in checked for error in r["errors"].values())
+        near = {name: sum(abs(r["errors"][name]) <= TOLERANCE for r in checked) for name in checked[0]["errors"]}
         text += (
             f"Each world predicted from the others (`benchmarks/calibrate.py`). {conditions(checked[0])}\n{table(head, body)}\n"
         )
-        text += f"{near} of {3 * len(checked)} predictions lie within {100 * TOLERANCE:.0f} %.\n\n"
+        each = ", ".join(f"{count} of {len(checked)} of {name}" for name, count in near.items())
+        text += f"{sum(near.values())} of {3 * len(checked)} predictions lie within {100 * TOLERANCE:.0f} %: {each}.\n\n"
     ahead = [row for row in rows if row["kind"] == "forecast"]
     if ahead:
         one, body = ahead[0], []

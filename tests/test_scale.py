@@ -34,7 +34,7 @@ def test_a_world_is_predicted_from_the_others_where_the_formulas_hold():
     assert len(found) == 12 and {tuple(r["known"]) for r in found} == {(1, 2), (1, 4), (2, 4)}
     told = [r for r in found if 1 in r["known"]]
     assert len(told) == 8 and max(abs(error) for r in told for error in r["errors"].values()) < 1e-6
-    assert "24 of 24 predictions lie within 10 %" in tables.scale(told)
+    assert "24 of 24 predictions lie within 10 %: 8 of 8 of step, 8 of 8 of peak, 8 of 8 of rest." in tables.scale(told)
     alone = next(r for r in found if r["known"] == [2, 4] and r["system"] == systems.ALONE)
     assert alone["predicted"]["step"] == pytest.approx(0.15)  # of 0.2: as if the threads of one rank scaled perfectly
     assert not calibrate.calibrate([r for r in rows if r["ranks"] != 4])
@@ -50,6 +50,23 @@ def test_what_ranks_beyond_the_cores_lose_is_learnt_from_the_other_models():
     for r in found.values():
         if r["ranks"] == 4:
             assert r["errors"]["step"] == pytest.approx(r["crowd"] / crowds[r["model"]] - 1)
+
+
+def test_growth_is_learnt_from_three_other_models():
+    scales, growth = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 3.0}, {1: 1.0, 2: 1.7, 4: 2.6}
+    rows = [
+        {**r, "step": scales[model] * growth[n] * (2.0 if (model, n) == ("d", 4) else 1.0)}
+        for model in scales
+        for n in growth
+        for r in grown(n, model)
+    ]
+    found = {(r["model"], r["ranks"]): r for r in calibrate.calibrate(rows) if r["system"] == "FSDP2"}
+    assert all(r["learnt"] for r in found.values())
+    assert all(abs(found[model, n]["errors"]["step"]) < 1e-9 for model in "abc" for n in growth)  # medians: d is no matter
+    assert found["d", 4]["errors"]["step"] == pytest.approx(-0.5)
+    assert found["d", 1]["errors"]["step"] == pytest.approx(2**0.5 - 1)
+    few = calibrate.calibrate([r for r in rows if r["model"] != "c"])
+    assert not any(r["learnt"] for r in few)
 
 
 def test_memory_is_predicted_by_the_plan():
