@@ -98,7 +98,6 @@ class SharedComm:
         self.here = next(ranks for ranks in self.hosts if self.rank in ranks)
         self.place, self.places = self.here.index(self.rank), len(self.here)
         self._watched: list[int] = []
-        self._poll = select.poll()
         pids = group.share(os.getpid(), "set-up processes")
         self.share_here(attempt(lambda: self._watch([pids[rank] for rank in self.here if rank != self.rank])))
         self.board = Board(self) if len(self.hosts) == 1 else None
@@ -106,7 +105,13 @@ class SharedComm:
     def _watch(self, pids: list[int]) -> None:
         for pid in pids:
             self._watched.append(os.pidfd_open(pid))
-            self._poll.register(self._watched[-1], select.POLLIN)
+
+    def _ended(self) -> bool:
+        """Whether another process has ended. (A poll object serves one thread at a time, and workers wait too.)"""
+        poll = select.poll()
+        for descriptor in self._watched:
+            poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def __del__(self) -> None:
         for descriptor in self._watched:
@@ -120,7 +125,7 @@ class SharedComm:
         seen: list[str] = []
         try:
             while not ready(min(_SLICE, max(deadline - time.monotonic(), 0.001))):
-                if self._poll.poll(0) and not ready(0.0):
+                if self._ended() and not ready(0.0):
                     raise group.lost(what, RuntimeError("its process has ended"))
                 if time.monotonic() >= compare_at:
                     late, compare_at = True, time.monotonic() + PATIENCE
