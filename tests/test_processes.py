@@ -602,6 +602,34 @@ def test_two_threads_may_wait_at_once():
     on_processes(2, wait_in_two_threads)
 
 
+def wait_for_different_things(rank, beside):
+    comm = make(Run(stage=2), None)[1]._parts.comm
+    shared._SLICE, shared.PATIENCE = 0.02, 0.1
+    dist.barrier()
+    end = time.monotonic() + 1.0
+    what = ["exchange bucket 0", "exchange (a slot still read)"][rank]
+    worker = Worker("waits", Failure())
+
+    def wait():
+        comm.wait_for(lambda _: time.monotonic() > end, what)
+
+    try:
+        worker.submit(wait).wait() if beside and rank == 0 else wait()
+    except zerolite.RankError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return "waited"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_a_worker_waits_for_is_not_compared(beside):
+    """A rank whose training thread waits is slow, not on another path, where the other rank's worker waits for it."""
+    found = on_processes(2, wait_for_different_things, beside)
+    told = "rank 0: 'exchange bucket 0'; rank 1: 'exchange (a slot still read)'"
+    assert found == ["waited"] * 2 if beside else any(told in text for text in found), found
+
+
 def train_scattered(rank, runs):
     import zerolite.placement
 

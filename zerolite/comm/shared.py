@@ -11,6 +11,7 @@ Set-up uses the process group; so do agreement and norms where there are several
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import select
@@ -29,6 +30,7 @@ from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import shared_lanes
 from zerolite.comm.segment import PAGE, Segment, attempt
 from zerolite.kernels import kernels_in_use
+from zerolite.worker import in_worker
 
 log = logging.getLogger("zerolite")
 
@@ -118,9 +120,14 @@ class SharedComm:
             os.close(descriptor)
 
     def wait_for(self, ready: Callable[[float], bool], what: str) -> None:
-        """Waits for a flag, looking after the other processes; raises RankError as a group's collective would."""
+        """Waits for a flag, looking after the other processes; raises RankError as a group's collective would.
+
+        Ranks compare what their training threads wait for. A worker is ahead of or behind its own training thread, and waits
+        for what another rank's worker is about to do.
+        """
         group = self.group
-        deadline, compare_at = time.monotonic() + group.timeout, time.monotonic() + PATIENCE
+        deadline = time.monotonic() + group.timeout
+        compare_at = math.inf if in_worker() else time.monotonic() + PATIENCE
         order, late = sum(self.ledger.calls.values()), False
         seen: list[str] = []
         try:
