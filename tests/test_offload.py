@@ -509,6 +509,23 @@ def test_live_storages_equal_the_plan(device, monkeypatch, stage, offload, world
         assert host == half + sum(by_name[part].rank for part in parts) + slots
 
 
+def test_what_a_gather_brings_up_is_free_when_it_is_released(device, monkeypatch):
+    """The allocator, told of a copy into memory that release() frees, would keep it until the prefetch after it is done."""
+    device("1:1")
+    asked = []
+    up = Simulated.up
+
+    def watch(self, out, *args, **options):
+        asked.append(options.get("kept", False))
+        return up(self, out, *args, **options)
+
+    monkeypatch.setattr(Simulated, "up", watch)
+    model, optimizer = make(Run(stage=3, offload="all", bucket_mb=1e-3, more=(("update", "host"),)), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("gradients", ["host", "device"])
 def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch, gradients):
     device("0")

@@ -73,13 +73,14 @@ class Cuda:
             source.record_stream(self._down)
         return Event(self._down)
 
-    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         if not alone:
             self._up.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._up):
             after.wait()
             out.copy_(source, non_blocking=True)
-        out.record_stream(self._up)
+        if not kept:  # when freed, it stays until all is done that the stream was given by then: later copies too
+            out.record_stream(self._up)
         return Event(self._up)
 
     @contextlib.contextmanager
