@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import os
@@ -20,6 +21,8 @@ from torch import nn
 
 import zerolite
 from zerolite import options, stream
+from zerolite.buffer.cuda import Cuda
+from zerolite.buffer.room import Mapping
 from zerolite.buffer.simulated import Simulated
 from zerolite.comm.local import LocalComm
 from zerolite.memory import storage_bytes
@@ -509,6 +512,23 @@ def test_live_storages_equal_the_plan(device, monkeypatch, stage, offload, world
         assert host == half + sum(by_name[part].rank for part in parts) + slots
 
 
+def test_what_a_gather_brings_up_is_free_when_it_is_released(device, monkeypatch):
+    """The allocator, told of a copy into memory that release() frees, would keep it until the prefetch after it is done."""
+    device("1:1")
+    asked = []
+    up = Simulated.up
+
+    def watch(self, out, *args, **options):
+        asked.append(options.get("kept", False))
+        return up(self, out, *args, **options)
+
+    monkeypatch.setattr(Simulated, "up", watch)
+    model, optimizer = make(Run(stage=3, offload="all", bucket_mb=1e-3, more=(("update", "host"),)), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    optimizer.step()
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("gradients", ["host", "device"])
 def test_two_bytes_a_parameter_cross_each_way(device, monkeypatch, gradients):
     device("0")
@@ -609,6 +629,35 @@ def test_a_host_without_enough_memory_is_refused_before_anything_is_allocated(de
         model = nn.Sequential(*[nn.Linear(1 << 16, 1 << 16, bias=False) for _ in range(200)])
     with pytest.raises(ValueError, match=r"host memory: expected at most .* bytes a host, got a peak of"):
         zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3, offload="all")
+
+
+def test_pinning_is_of_the_links_device_whichever_is_current(monkeypatch):
+    called = []
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            called.append("register")
+            return 0
+
+        def cudaHostUnregister(self, address):
+            called.append("unregister")
+
+    @contextlib.contextmanager
+    def current(device):
+        called.append(("device", device))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: called.append(("synchronize", device)))
+    link = Cuda.__new__(Cuda)  # streams need a GPU
+    link.device, link._node, link._said = torch.device("cuda", 1), None, False
+    region, memory = Mapping(-1, 4096), torch.zeros(8)
+    link._pin(region)
+    link.register(memory)
+    del region, memory
+    device = torch.device("cuda", 1)
+    assert called == [("device", device), "register"] * 2 + [("synchronize", device), "unregister"] * 2
 
 
 # ---- torch.compile

@@ -21,6 +21,8 @@ from torch import nn
 
 import zerolite
 from zerolite import parts
+from zerolite.comm import shared
+from zerolite.worker import Failure, Worker
 
 
 def train_processes(rank, runs):
@@ -583,6 +585,49 @@ def test_small_sums_and_maxima_are_those_of_the_group():
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     assert torch.equal(here[0][1][0], torch.arange(21).view(3, 7) * 3)
+
+
+def wait_in_two_threads(rank):
+    comm = make(Run(stage=2), None)[1]._parts.comm
+    shared._SLICE = 0.0
+    end = time.monotonic() + 1.0
+    worker = Worker("waits", Failure())
+    job = worker.submit(lambda: comm.wait_for(lambda _: time.monotonic() > end, "worker"))
+    comm.wait_for(lambda _: time.monotonic() > end, "training")
+    job.wait()
+    dist.barrier()
+
+
+def test_two_threads_may_wait_at_once():
+    on_processes(2, wait_in_two_threads)
+
+
+def wait_for_different_things(rank, beside):
+    comm = make(Run(stage=2), None)[1]._parts.comm
+    shared._SLICE, shared.PATIENCE = 0.02, 0.1
+    dist.barrier()
+    end = time.monotonic() + 1.0
+    what = ["exchange bucket 0", "exchange (a slot still read)"][rank]
+    worker = Worker("waits", Failure())
+
+    def wait():
+        comm.wait_for(lambda _: time.monotonic() > end, what)
+
+    try:
+        worker.submit(wait).wait() if beside and rank == 0 else wait()
+    except zerolite.RankError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return "waited"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_a_worker_waits_for_is_not_compared(beside):
+    """A rank whose training thread waits is slow, not on another path, where the other rank's worker waits for it."""
+    found = on_processes(2, wait_for_different_things, beside)
+    told = "rank 0: 'exchange bucket 0'; rank 1: 'exchange (a slot still read)'"
+    assert found == ["waited"] * 2 if beside else any(told in text for text in found), found
 
 
 def train_scattered(rank, runs):

@@ -248,7 +248,7 @@ class Bucket:
     def _bring(self, what: str) -> Pending:
         """Gathers where parameters rest on the host: this rank's shard goes up to its range, and the ranges to all ranks."""
         start, stop = self.layout.span(self.comm.rank)
-        came = self.link.up(self.full[start:stop], self.shard, Reached())
+        came = self.link.up(self.full[start:stop], self.shard, Reached(), kept=True)  # release() waits for it
         if self.plan.alone:
             self.comm.ledger.enter(what, 0)
             return Arriving(came.wait, self.full)

@@ -90,9 +90,16 @@ class Worker:
 
 
 _WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+_THREAD = threading.local()
+
+
+def in_worker() -> bool:
+    """Whether this thread is a worker's."""
+    return hasattr(_THREAD, "jobs")
 
 
 def _serve(jobs: queue.SimpleQueue[tuple[Callable[[], None], Job] | None]) -> None:
+    _THREAD.jobs = jobs
     while (item := jobs.get()) is not None:
         run, job = item
         try:

@@ -73,13 +73,14 @@ class Cuda:
             source.record_stream(self._down)
         return Event(self._down)
 
-    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         if not alone:
             self._up.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._up):
             after.wait()
             out.copy_(source, non_blocking=True)
-        out.record_stream(self._up)
+        if not kept:  # when freed, it stays until all is done that the stream was given by then: later copies too
+            out.record_stream(self._up)
         return Event(self._up)
 
     @contextlib.contextmanager
@@ -90,7 +91,7 @@ class Cuda:
     def register(self, memory: Tensor) -> None:
         address = memory.data_ptr()
         if self._registered(address, memory.numel() * memory.element_size()):
-            weakref.finalize(memory.untyped_storage(), _unpin, torch.cuda.cudart(), address)
+            weakref.finalize(memory.untyped_storage(), _unpin, torch.cuda.cudart(), address, self.device)
 
     def linked(self, ranks: int) -> bool:
         return reach(ranks)
@@ -100,7 +101,7 @@ class Cuda:
         if hasattr(mmap, "MADV_DONTFORK"):
             region.madvise(mmap.MADV_DONTFORK)  # a forked data loader's copy on write must not move what a device copies from
         if self._registered(address, len(region)):
-            region.unpin = functools.partial(_unpin, torch.cuda.cudart(), address)
+            region.unpin = functools.partial(_unpin, torch.cuda.cudart(), address, self.device)
 
     def _registered(self, address: int, size: int) -> bool:
         """Pins in place, on the GPU's side of the host; pageable memory, said once, where that is refused."""
@@ -108,7 +109,8 @@ class Cuda:
             _prefer(address, size, self._node)
         runtime: Any = torch.cuda.cudart()
         try:
-            code = int(runtime.cudaHostRegister(address, size, _PORTABLE))
+            with torch.cuda.device(self.device):  # not a context on whichever device is current, too
+                code = int(runtime.cudaHostRegister(address, size, _PORTABLE))
             reason = f"cudaHostRegister returned {code}"
         except RuntimeError as error:
             code, reason = -1, str(error).splitlines()[0]
@@ -132,9 +134,9 @@ def reach(ranks: int) -> bool:
     return all(torch.cuda.can_device_access_peer(a, b) for a in range(count) for b in range(count) if a != b)
 
 
-def _unpin(runtime: Any, address: int) -> None:
+def _unpin(runtime: Any, address: int, device: torch.device) -> None:
     with contextlib.suppress(Exception):  # at exit the driver may be gone, and the pages with it
-        torch.cuda.synchronize()  # no copy is under way
+        torch.cuda.synchronize(device)  # no copy is under way
         runtime.cudaHostUnregister(address)
 
 

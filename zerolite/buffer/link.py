@@ -65,7 +65,7 @@ class Link(Protocol):
         """Copies a device tensor to the host, after all that this thread has asked of the device."""
         ...
 
-    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         """Copies a host tensor to the device, after `after` and all that this thread has asked of the device (alone: after
         `after` alone)."""
         ...
@@ -99,7 +99,7 @@ class Same:
         out.copy_(source)
         return Reached()
 
-    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         out.copy_(source)
         return Reached()
 

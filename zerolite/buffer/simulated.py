@@ -107,7 +107,7 @@ class Simulated:
         self.copied["down"] += source.numel() * source.element_size()
         return self._down.add(lambda: _copy(out, source, Reached()))
 
-    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False) -> Mark:
+    def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         self.copied["up"] += source.numel() * source.element_size()
         return self._up.add(lambda: _copy(out, source, after))
 

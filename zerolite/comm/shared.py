@@ -11,6 +11,7 @@ Set-up uses the process group; so do agreement and norms where there are several
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import select
@@ -29,6 +30,7 @@ from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.region import shared_lanes
 from zerolite.comm.segment import PAGE, Segment, attempt
 from zerolite.kernels import kernels_in_use
+from zerolite.worker import in_worker
 
 log = logging.getLogger("zerolite")
 
@@ -98,7 +100,6 @@ class SharedComm:
         self.here = next(ranks for ranks in self.hosts if self.rank in ranks)
         self.place, self.places = self.here.index(self.rank), len(self.here)
         self._watched: list[int] = []
-        self._poll = select.poll()
         pids = group.share(os.getpid(), "set-up processes")
         self.share_here(attempt(lambda: self._watch([pids[rank] for rank in self.here if rank != self.rank])))
         self.board = Board(self) if len(self.hosts) == 1 else None
@@ -106,21 +107,32 @@ class SharedComm:
     def _watch(self, pids: list[int]) -> None:
         for pid in pids:
             self._watched.append(os.pidfd_open(pid))
-            self._poll.register(self._watched[-1], select.POLLIN)
+
+    def _ended(self) -> bool:
+        """Whether another process has ended. (A poll object serves one thread at a time, and workers wait too.)"""
+        poll = select.poll()
+        for descriptor in self._watched:
+            poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def __del__(self) -> None:
         for descriptor in self._watched:
             os.close(descriptor)
 
     def wait_for(self, ready: Callable[[float], bool], what: str) -> None:
-        """Waits for a flag, looking after the other processes; raises RankError as a group's collective would."""
+        """Waits for a flag, looking after the other processes; raises RankError as a group's collective would.
+
+        Ranks compare what their training threads wait for. A worker is ahead of or behind its own training thread, and waits
+        for what another rank's worker is about to do.
+        """
         group = self.group
-        deadline, compare_at = time.monotonic() + group.timeout, time.monotonic() + PATIENCE
+        deadline = time.monotonic() + group.timeout
+        compare_at = math.inf if in_worker() else time.monotonic() + PATIENCE
         order, late = sum(self.ledger.calls.values()), False
         seen: list[str] = []
         try:
             while not ready(min(_SLICE, max(deadline - time.monotonic(), 0.001))):
-                if self._poll.poll(0) and not ready(0.0):
+                if self._ended() and not ready(0.0):
                     raise group.lost(what, RuntimeError("its process has ended"))
                 if time.monotonic() >= compare_at:
                     late, compare_at = True, time.monotonic() + PATIENCE
