@@ -70,8 +70,8 @@ def each(known: dict[str, Row], names: list[str], targets: list[Target]) -> str:
     return (
         f"overhead: {count:,} parameters cost what Python and autograd do for each, not their bytes. Microseconds a parameter "
         f"beyond the {alone:.1f} of model alone: {told}. Of zerolite's, the call of a hook, with p.grad read and set, is "
-        "about 3; most of the rest is torch's clip_grad_norm_, which asks each p.grad for its norm and scales it "
-        "(`optimizer.clip_grad_norm_` does not)"
+        "about 3; most of the rest is torch's clip_grad_norm_, in which torch lists and groups every p.grad twice and stacks "
+        "their norms, as for plain tensors (`optimizer.clip_grad_norm_` does not)"
     )
 
 
