@@ -51,7 +51,7 @@ ZL_FN uint32_t as_bits(float f) {
 ZL_FN float widen(float x) { return x; }
 ZL_FN float widen(bf16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 
-// Round to nearest even, as Tensor.to(torch.bfloat16); every NaN becomes 0x7fc0 there and here.
+// Round to nearest even, as Tensor.to(torch.bfloat16); every NaN becomes 0x7fc0 (torch makes 0xffff of some).
 ZL_FN uint16_t nearest_even(float x) {
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -76,6 +76,11 @@ ZL_FN float round_to(float x) {
   narrow(t, x);
   return widen(t);
 }
+
+// A NaN with low bits, as a GPU's own (0x7fffffff), would round up to a zero, in a bf16 parameter or moment, and raise the
+// scale of an int8 moment's neighbours. Where one may come, it becomes this one first.
+constexpr uint32_t kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
+ZL_FN float plain(float x) { return x == x ? x : as_float(kNan); }
 
 // An fp32 master kept as a bf16 parameter and an int16 remainder. `hi` rounds to nearest, ties away
 // from zero, so that (hi << 16) + lo is the master again for all 2^32 bit patterns.

@@ -80,6 +80,14 @@ void average_any(float* g, const Sources& s, int64_t at, int64_t n) {
   }
 }
 
+// For what is rounded: processors keep the bits of a NaN that they compute with, so those of gradients decide. bf16 ones have
+// no low bits.
+void average_plain(float* g, const Sources& s, int64_t at, int64_t n) {
+  average_any(g, s, at, n);
+  if (s.dtype == Dtype::kBFloat16) return;
+  for (int64_t i = 0; i < n; ++i) g[i] = plain(g[i]);
+}
+
 void adam_float(const AdamTensors& t, const float* __restrict g, const AdamRow& r, int64_t at, int64_t n) {
   float* __restrict p = static_cast<float*>(t.param) + at;
   float* __restrict m = t.m + at;
@@ -111,7 +119,7 @@ void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64
   alignas(64) float g[kTurns];
   for (int64_t at = start; at < stop; at += kTurns) {
     const int64_t n = stop - at < kTurns ? stop - at : kTurns;
-    average_any(g, s, at, n);
+    t.dtype == Dtype::kBFloat16 ? average_plain(g, s, at, n) : average_any(g, s, at, n);
     switch (t.dtype) {
       case Dtype::kFloat: adam_float(t, g, r, at, n); break;
       case Dtype::kBFloat16: adam_split(t, g, r, at, n); break;
@@ -130,7 +138,7 @@ void average_groups(float* __restrict g, const Sources& s, int64_t at, int64_t n
   }
   alignas(64) float natural[kBlock];
   float* const to = halves ? natural : g;
-  average_any(to, s, at, n);
+  average_plain(to, s, at, n);
   for (int64_t i = n; i < whole; ++i) to[i] = 0;
   if (!halves) return;
   for (int64_t k = 0; k < n; k += kGroup) halve(g + k, natural + k);

@@ -152,12 +152,16 @@ ZL_FN void decode(float* __restrict m, float* __restrict v, const uint16_t* __re
 }
 
 // Scales of updated moments. The last argument says that moments are bytes.
-ZL_FN void set_scales(const float* __restrict m, float* __restrict v, uint8_t* scales, const uint8_t*) {
+ZL_FN void set_scales(float* __restrict m, float* __restrict v, uint8_t* scales, const uint8_t*) {
   uint32_t top_m = 0, top_v = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
     const uint32_t size = as_bits(m[i]) & 0x7fffffffu, square = as_bits(v[i]);
     top_m = top_m > size ? top_m : size;
     top_v = top_v > square ? top_v : square;
+  }
+  if (top_m > kInfinity) {  // rare
+    for (int64_t i = 0; i < kGroup; ++i) m[i] = plain(m[i]);
+    top_m = kNan;
   }
   if (top_v > kLargest) {  // rare
     for (int64_t i = 0; i < kGroup; ++i) v[i] = as_float(as_bits(v[i]) < kLargest ? as_bits(v[i]) : kLargest);
@@ -166,7 +170,7 @@ ZL_FN void set_scales(const float* __restrict m, float* __restrict v, uint8_t* s
   scales[0] = scale_of<MomentCode>(top_m);
   scales[1] = scale_of<SquareCode>(top_v);
 }
-ZL_FN void set_scales(const float*, float*, uint8_t*, const uint16_t*) {}
+ZL_FN void set_scales(float*, float*, uint8_t*, const uint16_t*) {}
 
 // Stores u32 codes: kGroup of them, or kPairs pairs.
 template <bool halves>

@@ -253,15 +253,25 @@ ZL_FN Tensors at_group(const Tensors& t, int64_t k) {
   return {t.param + i, t.rest + i, t.m + i, t.v + i, t.scales + 2 * k, t.g + i};
 }
 
+// Where one is NaN; returns the group's largest.
+__attribute__((noinline)) uint32_t plain_moments(Staged& x) {
+  for (int i = 0; i < kGroup; ++i) {
+    x.m[i] = plain(x.m[i]);
+    x.size[i] = as_float(as_bits(x.m[i]) & 0x7fffffffu);
+  }
+  return kNan;
+}
 ZL_FN void set_scales(Staged& x, const Tensors& t, const Ints* tops) {
   const Ints pairs = ZL_OP(max_epu32)(ZL_OP(unpacklo_epi32)(tops[0], tops[1]), ZL_OP(unpackhi_epi32)(tops[0], tops[1]));
   const __m256i half = folded(pairs);
   __m128i quarter = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   quarter = _mm_max_epu32(quarter, _mm_unpackhi_epi64(quarter, quarter));
   const uint64_t top = static_cast<uint64_t>(_mm_cvtsi128_si64(quarter));
+  uint32_t top_m = static_cast<uint32_t>(top);
   const uint32_t top_v = static_cast<uint32_t>(top >> 32);
+  if (top_m > kInfinity) top_m = plain_moments(x);
   x.past = top_v > kLargest;
-  t.scales[0] = scale_of<MomentCode>(static_cast<uint32_t>(top));
+  t.scales[0] = scale_of<MomentCode>(top_m);
   t.scales[1] = scale_of<SquareCode>(x.past ? kLargest : top_v);
   x.in_m = to_units<MomentCode>(t.scales[0]);
   x.in_v = to_units<SquareCode>(t.scales[1]);
@@ -273,7 +283,7 @@ ZL_FN void end_at_largest(Staged& x) {
 // Patterns of a group of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a float where
 // it lies, but for a shift of the lower one. A loop of its own: inside the stages' it leaves too few registers.
 ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
-  const Ints one = all(1), below_half = all(0x7fffu), nan = all(0x7fc00000u), upper = all(0xffff0000u);
+  const Ints one = all(1), below_half = all(0x7fffu), nan = all(kNan), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
 #pragma GCC unroll 4

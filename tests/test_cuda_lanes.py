@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import DTYPES, ROWS, adam_tensors, assert_same, wide
+from test_kernels import DTYPES, ROWS, adam_tensors, assert_same, float_of, wide
 from torch import Tensor
 
 from zerolite import kernels
@@ -149,8 +149,7 @@ def test_adam_of_special_values(emulated, value, dtype):
 def test_a_nan_of_a_gpu_shows_in_a_bfloat16_parameter(emulated):
     """0x7fffffff, the NaN that a GPU computes, would round to a bf16 zero."""
     param, rest, m, v = adam_tensors(8, torch.bfloat16)
-    nan = torch.full((8,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    emulated.reduce_adam_(param, rest, m, v, [nan], torch.tensor([[0, 8, 0]]), ROWS, 1.0)
+    emulated.reduce_adam_(param, rest, m, v, [float_of(0x7FFFFFFF).repeat(8)], torch.tensor([[0, 8, 0]]), ROWS, 1.0)
     assert bool(param.isnan().all())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train_on
 from ranks import on_threads
 from test_checkpoint import steps, through_disk
-from test_kernels import DTYPES, ISAS, adam_tensors, assert_same, shifted, wide
+from test_kernels import DTYPES, ISAS, NANS, adam_tensors, assert_same, float_of, shifted, wide
 from torch import nn
 
 import zerolite
@@ -193,6 +193,30 @@ def test_second_moments_past_the_largest_end_there_and_their_roots_do_not(isa, k
         for op, tensors in ((kernels.reduce_adam_moments_, ours), (reference.reduce_adam_moments_, theirs)):
             op(*tensors, sources, torch.tensor([[0, n, 0]]), rows_of(step), 1 / count)
         assert_same(ours, theirs)
+    kernels.set_isa("auto")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
+def test_every_nan_is_stored_as_the_plain_one(isa, kind, dtype, source_dtype):
+    """Its own codes, and the scale and codes of its group, whose largest it is."""
+    kernels.set_isa(isa)
+    results = []
+    for pattern in NANS:
+        grad = wide(200, 4, 1.0).to(source_dtype)
+        grad[77] = float_of(pattern)
+        if source_dtype == torch.bfloat16:  # whose conversion keeps no payload
+            grad.view(torch.int16)[77] = float_of(pattern).view(torch.int16)[1]
+        for op in (kernels.reduce_adam_moments_, reference.reduce_adam_moments_):
+            tensors = coded(200, kind, dtype)
+            for step, source in enumerate([wide(200, 5, 1.0).to(source_dtype), grad], 1):
+                op(*tensors, [source], torch.tensor([[0, 200, 0]]), rows_of(step), 1.0)
+            assert bool(tensors[0][77].isnan()) and (kind == "int8" or bool(tensors[2][77].isnan()))
+            results.append(tensors)
+    for tensors in results[1:]:
+        assert_same(tensors, results[0])
     kernels.set_isa("auto")
 
 

@@ -108,8 +108,7 @@ ZL_FN void keep(Stored<float, W>& s, int i, float p) {
 }
 template <int W>
 ZL_FN void keep(Stored<bf16, W>& s, int i, float p) {
-  // A GPU's own NaN is 0x7fffffff, whose upper half rounds up to a zero: the parameter would hide it.
-  split(p == p ? p : as_float(0x7fc00000u), s.hi.x[i], s.lo.x[i]);
+  split(plain(p), s.hi.x[i], s.lo.x[i]);
 }
 template <int W>
 ZL_FN void keep(Stored<half, W>& s, int i, float p) {

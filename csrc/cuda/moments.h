@@ -57,9 +57,6 @@ struct MomentLane {
   ZL_METHOD bool first_of_group() const { return at.at % kGroup == 0 && at.hi > 0; }
 };
 
-// A GPU's own NaN is 0x7fffffff: rounding would carry it into a zero, and into the scale of its neighbours.
-ZL_FN float plain(float x) { return x == x ? x : as_float(0x7fc00000u); }
-
 template <class P, class G, class C, class Where>
 ZL_FN void read_lane(MomentLane<P, G, C>& lane, const MomentTask& task, const Where& at) {
   load(lane.p, task.t, at);
@@ -137,12 +134,12 @@ ZL_FN void moments_store(MomentLane<P, G, C>& lane, const MomentTask& task) {
   lane.scales[0] = scale_of<MomentCode>(lane.tops.m);
   lane.scales[1] = scale_of<SquareCode>(lane.tops.v);
   const float in_m = to_units<MomentCode>(lane.scales[0]), in_v = to_units<SquareCode>(lane.scales[1]);
-  constexpr uint32_t kNan = 0x7cu;  // the code of 0x7fc00000: products of a NaN are again the GPU's own
+  constexpr uint32_t kNanCode = kNan >> kDropped & 0x7fu;  // products of a NaN are again the GPU's own
   ZL_UNROLL
   for (int i = 0; i < lane.W; ++i) {
     const float m = lane.m[i], v = lane.v[i];
     const uint32_t dice = lane.dice[i];
-    const uint32_t code = m == m ? encode_moment(m, in_m, dice) : kNan;
+    const uint32_t code = m == m ? encode_moment(m, in_m, dice) : kNanCode;
     lane.codes_m.x[i] = static_cast<C>(sizeof(C) == 1 ? code : moment_bf16(m, dice));
     lane.codes_v.x[i] = static_cast<C>(sizeof(C) == 1 ? encode_square(v, in_v, dice) : square_bf16(v, dice));
   }

@@ -19,6 +19,7 @@ from torch import Tensor
 GROUP = 64
 NEAREST = 0x80000000  # dice with which codes round to nearest, ties up
 LARGEST = 0x7E800000  # bits of 2^126, where stored second moments end
+NAN = 0x7FC00000  # what every NaN is stored as: a GPU's own, 0x7fffffff, would round up to a zero
 DROPPED = 20  # fraction bits of binary32 that codes leave out
 _WORD = 0xFFFFFFFF
 
@@ -56,7 +57,7 @@ def encode_moment(m: Tensor, units: Tensor, dice: Tensor | int) -> Tensor:
     bits = _bits(m)
     y = _float(bits & 0x7FFFFFFF) * units
     code = _bits(torch.maximum(y, y * 0.5 + 2.0)) + (dice >> (32 - DROPPED))
-    return ((code >> DROPPED) & 127) | (bits >> 31 << 7)
+    return torch.where(m.isnan(), NAN >> DROPPED & 127, ((code >> DROPPED) & 127) | (bits >> 31 << 7))
 
 
 def decode_moment(code: Tensor, units: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ def decode_square(code: Tensor, units: Tensor) -> Tensor:
 def encode_groups(m: Tensor, v: Tensor, dice: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 codes of both moments, and their scales; of 1D float32 tensors of whole groups."""
     square = _bits(v).clamp(max=LARGEST)
-    top_m, top_v = (bits.view(-1, GROUP).amax(1) for bits in (_bits(m) & 0x7FFFFFFF, square))
+    size = (_bits(m) & 0x7FFFFFFF).clamp(max=NAN)
+    top_m, top_v = (bits.view(-1, GROUP).amax(1) for bits in (size, square))
     scales = torch.stack([MOMENT.scale(top_m), SQUARE.scale(top_v)], 1).to(torch.uint8)
     codes_m = encode_moment(m, spread(MOMENT.to_units(scales[:, 0])), dice)
     codes_v = encode_square(_float(square), spread(SQUARE.to_units(scales[:, 1])), dice)
@@ -104,7 +106,7 @@ def dice_of(p: Tensor, g: Tensor, step: float) -> Tensor:
 
 def moment_bf16(m: Tensor, dice: Tensor | int) -> Tensor:
     """bfloat16 of float32, rounded by the high half of `dice`."""
-    return _bf16((_bits(m) + (dice >> 16)) >> 16)
+    return _bf16((torch.where(m.isnan(), NAN, _bits(m)) + (dice >> 16)) >> 16)
 
 
 def square_bf16(v: Tensor, dice: Tensor | int) -> Tensor:

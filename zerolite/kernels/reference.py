@@ -152,9 +152,13 @@ def join(param: Tensor, rest: Tensor) -> Tensor:
 
 
 def split_(param: Tensor, rest: Tensor, master: Tensor) -> None:
-    """Stores a float32 `master` into `param` and `rest`, lossless; bfloat16 rounds to nearest, ties away from zero."""
+    """Stores a float32 `master` into `param` and `rest`, lossless; bfloat16 rounds to nearest, ties away from zero.
+
+    NaNs whose upper half would round up to a zero (a GPU's own, 0x7fffffff, is one) become another.
+    """
     if param.dtype == torch.bfloat16:
         bits = master.contiguous().view(torch.int32)
+        bits = torch.where(bits & 0x7FFFFFFF < 0x7FFF8000, bits, codec.NAN)
         rest.copy_(bits.to(torch.int16))
         param.view(torch.int16).copy_(((bits + 0x8000) >> 16).to(torch.int16))
         return
