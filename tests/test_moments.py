@@ -437,3 +437,27 @@ def test_noisy_regression_ends_at_the_same_loss(beta2):
         ends[kind] = sum(losses[-100:]) / 100
     assert ends["fp32"] < 3 < losses[0]  # it did learn; the noise alone is 1
     assert max(ends[kind] / ends["fp32"] for kind in KINDS) < 1.05, ends
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("same", [True, False])
+def test_without_eps_parameters_do_not_depend_on_the_padding_between_them(moments, same):
+    """0/0 there would be NaN, and the next step's moments of padding are in one group with the parameter's last ones."""
+
+    def trained(sizes):
+        torch.manual_seed(0)
+        params = {size: nn.Parameter(torch.randn(70)[:size].clone()) for size in (70, 10)}
+        chosen = [params[size] for size in sizes]
+        inner = torch.optim.Adam(chosen, lr=1e-2, eps=0.0, weight_decay=0.1)
+        if not same:
+            inner.add_param_group({"params": [nn.Parameter(torch.ones(3))], "eps": 1e-8})
+        optimizer = zerolite.ZeroOptimizer(inner, moments=moments, param_dtype=torch.bfloat16, process_group=LocalComm())
+        for _ in range(4):
+            sum((p.float().sin() * torch.arange(1.0, p.numel() + 1)).sum() for p in chosen).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {p.numel(): p.detach().clone() for p in chosen}
+
+    both = trained([70, 10])
+    for size in (70, 10):
+        assert both[size].isfinite().all() and equal(both[size], trained([size])[size])

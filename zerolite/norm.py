@@ -110,6 +110,7 @@ def exact_sum(values: Tensor) -> Tensor:
 
     Limbs are below 2^32, so rows of many ranks can be added as integers.
     """
+    values = values.cpu()
     mantissa, exponent = torch.frexp(values)  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
     finite = torch.isfinite(values)
     mantissa, exponent = torch.where(finite, mantissa, 0.0), torch.where(finite, exponent, 0).long()

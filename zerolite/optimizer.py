@@ -24,8 +24,8 @@ from zerolite.comm.group import make_comm
 from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
-from zerolite.update import Target
 from zerolite.whole import full_params, kept_writes
+from zerolite.writes import targets
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -159,7 +159,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for position, bucket in enumerate(buckets):
             built.reducer.begin(buckets[position + 1 : position + 2])
             here = list(compress(bucket.entries, map(present.__getitem__, bucket.rows)))
-            built.updates.update(bucket, _targets(bucket, here), here)
+            built.updates.update(bucket, targets(bucket, here), here)
 
     def _check_groups(self) -> None:
         """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
@@ -364,37 +364,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("ZeroOptimizer cannot be pickled or copied: it belongs to a process group. Save state_dict().")
-
-
-def _targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
-    """What a step updates in the range that this rank updates, for the parameters that take part; neighbours that are updated
-    alike in one target, where the rule needs no parameter for itself (10,000 small parameters make one target)."""
-    assert bucket.state is not None
-    targets: list[Target] = []
-    merge, entries, last, pieces = bucket.state.counted, bucket.entries, -2, bucket.pieces
-    if merge and pieces and len(present) == len(entries):
-        columns = [map(column.__getitem__, bucket.rows) for column in (entries[0].table.steps, entries[0].table.factors)]
-        groups = set(map(id, map(entries[0].table.groups.__getitem__, bucket.rows)))
-        p, stop = entries[0], pieces[-1].offset + pieces[-1].stop - pieces[-1].start
-        if p.group is not None and len(groups) == 1 and all(len(set(column)) == 1 for column in columns):
-            return [Target(0, pieces[0].offset, stop, p.group, p.steps + 1, p.factor)]
-    taken = {entry.index for entry in present}
-    group, steps, factor = None, -1, 1.0  # of the run of neighbours that begins with piece `first`
-    first = start = end = 0
-    for number, piece in enumerate(pieces):
-        entry = entries[piece.slot]
-        if entry.group is None or entry.index not in taken:
-            continue
-        stop = piece.offset + piece.stop - piece.start
-        alike = entry.group is group and entry.steps == steps and entry.factor == factor
-        if merge and alike and number == last + 1:
-            end = stop
-        else:
-            if group is not None:
-                targets.append(Target(first, start, end, group, steps + 1, factor))
-            first, start, end = number, piece.offset, stop
-            group, steps, factor = entry.group, entry.steps, entry.factor
-        last = number
-    if group is not None:
-        targets.append(Target(first, start, end, group, steps + 1, factor))
-    return targets

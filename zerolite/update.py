@@ -115,7 +115,7 @@ class AdamState:
             if row < 0:
                 row = rows[key] = len(table)
                 table.append((*adam_row(group, steps, factor), float(steps)))
-            if piece == last + 1 and row == at:
+            if piece == last + 1 and row == at and over_padding(group):
                 spans[-1][1] = stop  # the padding between two neighbours is updated with them: it stays 0
             else:
                 spans.append([start, stop, row])
@@ -135,6 +135,11 @@ class AdamState:
 
     def tensors(self) -> list[Tensor]:
         return self.moments.tensors()
+
+
+def over_padding(group: dict[str, Any]) -> bool:
+    """Whether an update of padding leaves it 0: eps is not so small that it divides 0 by 0 (its factor is at least 0.01)."""
+    return float(group["eps"]) > 1e-35
 
 
 class AdamWork:

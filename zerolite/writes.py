@@ -13,7 +13,7 @@ from torch import Tensor
 from zerolite.buffer import Mark
 from zerolite.dtypes import bits_dtype
 from zerolite.entry import Entry
-from zerolite.update import Work
+from zerolite.update import Target, Work, over_padding
 
 if TYPE_CHECKING:
     from zerolite.bucket import Bucket
@@ -84,3 +84,42 @@ def replaced(bucket: Bucket) -> list[Entry]:
         return []
     pairs = zip(bucket.entries, places, strict=True)
     return [entry for entry, place in pairs if entry.param.data_ptr() != place or entry.param.dtype is not dtype]
+
+
+def targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
+    """What a step updates in the range that this rank updates, for the parameters that take part; neighbours that are updated
+    alike in one target, where the rule needs no parameter for itself (10,000 small parameters make one target)."""
+    assert bucket.state is not None
+    found: list[Target] = []
+    merge, entries, last, pieces = bucket.state.counted, bucket.entries, -2, bucket.pieces
+    if merge and pieces and len(present) == len(entries):
+        columns = [map(column.__getitem__, bucket.rows) for column in (entries[0].table.steps, entries[0].table.factors)]
+        groups = set(map(id, map(entries[0].table.groups.__getitem__, bucket.rows)))
+        p, stop = entries[0], pieces[-1].offset + pieces[-1].stop - pieces[-1].start
+        if (
+            p.group is not None
+            and len(groups) == 1
+            and over_padding(p.group)
+            and all(len(set(column)) == 1 for column in columns)
+        ):
+            return [Target(0, pieces[0].offset, stop, p.group, p.steps + 1, p.factor)]
+    taken = {entry.index for entry in present}
+    group, steps, factor = None, -1, 1.0  # of the run of neighbours that begins with piece `first`
+    first = start = end = 0
+    for number, piece in enumerate(pieces):
+        entry = entries[piece.slot]
+        if entry.group is None or entry.index not in taken:
+            continue
+        stop = piece.offset + piece.stop - piece.start
+        alike = entry.group is group and entry.steps == steps and entry.factor == factor
+        if merge and alike and number == last + 1 and over_padding(entry.group):
+            end = stop
+        else:
+            if group is not None:
+                found.append(Target(first, start, end, group, steps + 1, factor))
+            first, start, end = number, piece.offset, stop
+            group, steps, factor = entry.group, entry.steps, entry.factor
+        last = number
+    if group is not None:
+        found.append(Target(first, start, end, group, steps + 1, factor))
+    return found
