@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
 from ranks import on_processes, on_threads, outcomes
 from torch import nn
@@ -154,6 +155,28 @@ def test_same_bits_over_processes(device, monkeypatch):
 
 def _train_group(rank, run):
     return train(None, rank, run)
+
+
+def _group_of_one(rank, part):
+    """Rank 0 is in a group more than the others; then groups of two ranks where the world is larger."""
+    parts = [dist.new_group([0, 1]), dist.new_group([2])] if part else []
+    dist.new_group([0])
+    if part and rank == 2:
+        return "not in it"
+    model = seeded(Net)
+    inner = torch.optim.AdamW(model.parameters())
+    try:
+        zerolite.ZeroOptimizer(inner, model, stage=2, offload="states", process_group=parts[0] if part else None)
+    except ValueError as error:
+        return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_ranks_in_different_numbers_of_groups(part):
+    found = on_processes(2 + part, _group_of_one, part, env={"ZEROLITE_SIMULATE": "3:2"}, timeout=10)
+    told = "expected ranks that are in equally many process groups, got [3, 2] groups"
+    assert found == ["built"] * 2 if not part else all(told in text for text in found[:2]), found
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])

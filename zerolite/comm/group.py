@@ -157,9 +157,17 @@ class GroupComm:
         return self._start(what, out, lambda: _reduce_scatter(out, full, group=self.group, async_op=True))
 
     def beside(self) -> GroupComm:
+        some = self.size < dist.get_world_size()
+        if some:  # torch names a group that the others do not hear of by how many there are on a rank
+            counts = self.share(len(dist.distributed_c10d._world.pg_names), "set-up updates")
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"process_group: expected ranks that are in equally many process groups, got {counts} groups: offload adds "
+                    "one, which its ranks would not find. Build ZeroOptimizer before groups of only some of its ranks."
+                )
         timeout = datetime.timedelta(seconds=self.timeout)
         backend = dist.get_backend_config(self.group)
-        group = dist.new_group(self.members, timeout=timeout, backend=backend, use_local_synchronization=True)
+        group = dist.new_group(self.members, timeout=timeout, backend=backend, use_local_synchronization=some)
         return GroupComm(group, self.tag + "+")
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
