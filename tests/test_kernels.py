@@ -541,3 +541,15 @@ def test_a_fork_after_the_threads_have_started():
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert python(code).stdout.strip() == "7"
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+def test_pack_resolves_what_memory_has_with_the_other_sign(by_address, monkeypatch):
+    monkeypatch.setattr(ops, "_by_address", lambda: by_address and kernels.kernels_in_use() != "reference")
+    out, flag = torch.zeros(192), torch.zeros(1, dtype=torch.int64)
+    weight = torch.nn.Parameter(torch.tensor([0.5]))
+    (torch.complex(torch.ones(1), weight).conj() * torch.tensor([2.0 + 3.0j])).real.sum().backward()
+    kernels.pack_(out, [torch.ones(3)._neg_view(), weight.grad], [0, 64], True, flag, 1e30)
+    assert out[:3].tolist() == [-1.0] * 3 and out[64] == 3.0
+    with pytest.raises(RuntimeError, match="offsets: expected 2, one for each gradient, got 1"):
+        kernels.pack_(out, [torch.ones(3), torch.ones(3)], [0], True, flag, 1e30)

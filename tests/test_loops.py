@@ -16,6 +16,7 @@ from ranks import on_threads
 from torch import nn
 
 import zerolite
+from zerolite.average import Parts
 from zerolite.comm.local import LocalComm
 from zerolite.lazy_grad import LazyGrad
 
@@ -621,3 +622,12 @@ def test_a_gan_loop_with_two_models(stage):
     results = on_threads(2, lambda comm: body(comm, True, [comm.rank]))
     for ours, theirs in zip(results[0], body(None, False, [0, 1]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=3e-5, atol=3e-5)
+
+
+def test_tables_are_on_the_host_whatever_the_default_device_is():
+    model = seeded(Net)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, process_group=LocalComm())
+    for bucket in optimizer._built.buckets:
+        vars(bucket).pop("spans", None)
+        with torch.device("meta"):
+            assert bucket.spans.device.type == "cpu" == Parts(bucket.spans).rows.device.type

@@ -69,7 +69,7 @@ class Parts:
     """The parts of parameters in a shard: where the squares of each range of it are added."""
 
     def __init__(self, spans: Tensor) -> None:
-        self.rows = torch.cat([spans[:, :2], torch.arange(len(spans)).unsqueeze(1)], 1)
+        self.rows = torch.cat([spans[:, :2], torch.arange(len(spans), device=spans.device).unsqueeze(1)], 1)
         self.known: dict[Cut, Tensor] = {}
 
     def inside(self, cut: Cut) -> Tensor:

@@ -215,7 +215,7 @@ class Bucket:
         """int64 (n, 3): start, stop and entry of the parts of parameters in this rank's shard."""
         parts = self.layout.pieces(*self.layout.span(self.comm.rank))
         rows = [(p.offset, p.offset + p.stop - p.start, self.entries[p.slot].index) for p in parts]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3)  # whatever the default device is
 
     @property
     def trained(self) -> bool:

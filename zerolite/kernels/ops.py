@@ -152,6 +152,10 @@ def pack_(
     window       offsets are those of a longer tensor, of which `out` is this window; None: of `out`
     """
     start, width, stride = window or (0, out.numel(), out.numel())
+    if len(offsets) != len(grads):
+        raise RuntimeError(f"offsets: expected {len(grads)}, one for each gradient, got {len(offsets)}")
+    if any(map(Tensor.is_neg, grads)):  # a view of the imaginary part of a conjugate: memory has the other sign
+        grads = list(map(Tensor.resolve_neg, grads))
     if not (grads and out.device.type == "cpu" and _by_address()):
         if width != stride:
             grads, offsets = _inside(grads, offsets, start, width, stride)
