@@ -2,8 +2,13 @@
 
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -12,11 +17,49 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements a thread must get to be worth waking
 
+// While it lives, this thread rounds to nearest and keeps subnormals, whatever the program asked of it
+// (torch.set_flush_denormal, a library built with -ffast-math): the bits must not depend on which thread takes a part.
+class Exact {
+ public:
+  Exact() : before_(get()) { set(before_ & ~kOther); }
+  ~Exact() { set(before_); }
+  Exact(const Exact&) = delete;
+  Exact& operator=(const Exact&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Mode = unsigned;
+  static constexpr Mode kOther = 0xe040;  // MXCSR: flush to zero, rounding, denormals are zeros
+  static Mode get() { return _mm_getcsr(); }
+  static void set(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+  using Mode = unsigned long;
+  static constexpr Mode kOther = 0x1c80000;  // FPCR: FZ, RMode, FZ16
+  static Mode get() {
+    Mode mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set(Mode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+  using Mode = unsigned;
+  static constexpr Mode kOther = 0;
+  static Mode get() { return 0; }
+  static void set(Mode) {}
+#endif
+  const Mode before_;
+};
+
+void run_part(const std::function<void(int, int)>& body, int part, int parts) {
+  const Exact mode;
+  body(part, parts);
+}
+
 class Pool {
  public:
   void run(int parts, const std::function<void(int, int)>& body) {
     if (pid_ != getpid()) {  // forked: workers and perhaps a held lock stayed in the parent (data loader workers)
-      for (int part = 0; part < parts; ++part) body(part, parts);
+      for (int part = 0; part < parts; ++part) run_part(body, part, parts);
       return;
     }
     std::unique_lock<std::mutex> turn(turn_);
@@ -38,8 +81,12 @@ class Pool {
  private:
   void grow(int workers) {
     while (static_cast<int>(workers_) < workers) {
+      try {
+        std::thread([this] { loop(); }).detach();  // detached: exit must not wait for an idle worker
+      } catch (const std::system_error&) {
+        return;  // no more threads here: those that there are do the work
+      }
       ++workers_;
-      std::thread([this] { loop(); }).detach();  // detached: exit must not wait for an idle worker
     }
   }
   void loop() {
@@ -62,7 +109,7 @@ class Pool {
         part = next_++;
         parts = parts_;
       }
-      (*body)(part, parts);
+      run_part(*body, part, parts);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--left_ == 0) done_.notify_all();
     }
@@ -87,7 +134,7 @@ int limit = 1;
 
 void parallel(int threads, const std::function<void(int, int)>& body) {
   if (threads <= 1) {
-    body(0, 1);
+    run_part(body, 0, 1);
     return;
   }
   pool().run(threads, body);

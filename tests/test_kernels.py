@@ -553,3 +553,30 @@ def test_pack_resolves_what_memory_has_with_the_other_sign(by_address, monkeypat
     assert out[:3].tolist() == [-1.0] * 3 and out[64] == 3.0
     with pytest.raises(RuntimeError, match="offsets: expected 2, one for each gradient, got 1"):
         kernels.pack_(out, [torch.ones(3), torch.ones(3)], [0], True, flag, 1e30)
+
+
+FLUSHED = """
+import torch
+from zerolite import kernels
+kernels.set_threads(2)
+source, spans = torch.full((1 << 18,), 3e-45), torch.tensor([[0, 1 << 18, 0]])
+def results():
+    sums = torch.zeros(1, kernels.LIMBS, dtype=torch.int64)
+    kernels.square_sum_(sums, [source, source], spans, 0.5)
+    average = torch.empty(1 << 18)
+    kernels.reduce_(average, [source, source], 0.5, False)
+    return sums, average
+before = results()
+assert bool(before[0].any()) and bool((before[1] == source).all())
+assert torch.set_flush_denormal(True)
+for _ in range(20):
+    assert all(map(torch.equal, results(), before))
+assert float(torch.tensor([3e-45]) * 1.0) == 0.0  # the program's own mode is as it was
+"""
+
+
+def test_subnormals_are_kept_where_the_program_flushes_them():
+    if not ISAS or not torch.set_flush_denormal(False):
+        pytest.skip("needs native kernels and a processor that can flush")
+    done = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
