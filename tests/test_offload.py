@@ -157,6 +157,22 @@ def _train_group(rank, run):
     return train(None, rank, run)
 
 
+def _groups(rank, stages, part=False):
+    """Process groups that were made, while an optimizer lives and after it."""
+    parts = [dist.new_group([0, 1]), dist.new_group([2])] if part else [None, None]
+    known, found = dist.distributed_c10d._world.pg_map, []
+    before = len(known)
+    for stage in stages:
+        model, optimizer = make(Run(stage=stage, offload="states", bucket_mb=2e-3), parts[rank // 2])
+        loss_of(model, tokens_for(0, 0, rank)).backward()
+        optimizer.step()
+        inside = len(known) - before
+        optimizer.remove_hooks()
+        optimizer.remove_hooks()  # nothing is left to do
+        found.append((inside, len(known) - before))
+    return found
+
+
 def _group_of_one(rank, part):
     """Rank 0 is in a group more than the others; then groups of two ranks where the world is larger."""
     parts = [dist.new_group([0, 1]), dist.new_group([2])] if part else []
@@ -177,6 +193,15 @@ def test_ranks_in_different_numbers_of_groups(part):
     found = on_processes(2 + part, _group_of_one, part, env={"ZEROLITE_SIMULATE": "3:2"}, timeout=10)
     told = "expected ranks that are in equally many process groups, got [3, 2] groups"
     assert found == ["built"] * 2 if not part else all(told in text for text in found[:2]), found
+
+
+def test_a_group_for_publishing_is_made_where_it_is_used_and_given_back():
+    env = {"ZEROLITE_SIMULATE": "3:2"}
+    group, memory = ({**env, "ZEROLITE_CONNECT": connect} for connect in ("group", "memory"))
+    assert on_processes(2, _groups, (0, 1, 2, 1, 3), env=group) == [[(0, 0), (1, 0), (1, 0), (1, 0), (0, 0)]] * 2
+    assert on_processes(2, _groups, (0, 2, 3), env=memory) == [[(0, 0)] * 3] * 2
+    # torch would give the group of two ranks out of three a name that it has used
+    assert on_processes(3, _groups, (1, 1), True, env=group)[:2] == [[(1, 1), (2, 2)]] * 2
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])

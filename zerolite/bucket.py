@@ -136,7 +136,7 @@ class Bucket:
             values = full
         self.full, self.whole, self.home = values, True, None
         self.shard = self.full[start:stop]
-        if isinstance(self.comm, PinnedComm) and self.apart and self.plan.states.sharded and not self.plan.params.sharded:
+        if isinstance(self.comm, PinnedComm) and self.apart and self.plan.publishes:
             self.pool = self.comm.pool(self.layout.numel, dtype)
         if self.plan.states.sharded and not self.apart:  # else every rank writes all of it
             self.home = self.comm.home(self.layout.numel, dtype, self.plan.params.sharded)
@@ -293,7 +293,7 @@ class Bucket:
             self.link.up(self.own, self.mine, after or self.link.now()).wait()
         if self.home is not None:
             self.published = self.home.publish(f"gather {self.name}")
-        elif self.plan.states.sharded and not self.plan.params.sharded and self.pool is None:
+        elif self.plan.publishes and self.pool is None:
             self.pending = comm.gather(self.full, self.shard, f"gather {self.name}")
         else:
             return

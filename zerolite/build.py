@@ -100,6 +100,11 @@ class Built:
         named = self.model.named_parameters() if self.model is not None and self.schedule is not None else ()
         return with_rows(self.checked.plan, rows, setting, [name for name, _ in named])
 
+    def close(self) -> None:
+        """Detaches from autograd and the model, when no update is under way."""
+        self.updates.close()
+        self.hooks.remove()
+
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""
         for parameters, names, entries, params in self._homes:

@@ -356,8 +356,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return [bucket for bucket in self._parts.buckets if bucket.trained]
 
     def remove_hooks(self) -> None:
-        """Detaches from autograd and the model; the optimizer cannot be used afterwards."""
-        self._settled.hooks.remove()
+        """Detaches from autograd and the model, on every rank; the optimizer cannot be used afterwards."""
+        self._parts.close()
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer of {self._inner!r}\n{self.plan}"

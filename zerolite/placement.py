@@ -78,6 +78,11 @@ class Plan:
         """Whether rounds leave the device as they are averaged."""
         return self.apart and not self.near
 
+    @property
+    def publishes(self) -> bool:
+        """Whether each rank updates a range of parameters that rest whole, and all ranks then get it."""
+        return self.states.sharded and not self.params.sharded
+
     def _half(self) -> int:
         """Compute-dtype parameters on the host: an update needs them beside the states, and they are what travels back."""
         if not self.apart or self.params.home == "host":
@@ -127,7 +132,7 @@ class Plan:
 
     def _params(self) -> Term:
         term = self._term("parameters", "always", self.params.home, self._rests("params", self.rows))
-        once = self.setting.shared and self.states.sharded and not self.params.sharded  # Home: once a host
+        once = self.setting.shared and self.publishes  # Home: once a host
         return term._replace(host=term.rank) if once else term
 
     def _transient(self) -> Iterator[Term]:

@@ -26,6 +26,7 @@ from zerolite.average import Staging
 from zerolite.bucket import Bucket
 from zerolite.buffer import Link, Mark
 from zerolite.comm import Comm
+from zerolite.comm.group import GroupComm
 from zerolite.comm.pinned import PinnedComm
 from zerolite.entry import Entry
 from zerolite.feed import Feed
@@ -59,6 +60,10 @@ class Updates(Protocol):
         """Raises what has gone wrong so far, without waiting."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is updated (every rank calls it)."""
+        ...
+
 
 class AtOnce:
     """Inside step()."""
@@ -81,6 +86,9 @@ class AtOnce:
         return
 
     def check(self) -> None:
+        return
+
+    def close(self) -> None:
         return
 
 
@@ -157,11 +165,12 @@ class Streamed(Way):
 class Apart:
     """Beside the training loop.
 
-    comm     for the workers alone: they publish parameters while the training thread may talk to the other ranks
+    comm     for the workers alone: they publish parameters while the training thread may talk to the other ranks; None: not
+             over a process group
     overlap  step() does not wait
     """
 
-    def __init__(self, link: Link, ways: list[Way], failure: Failure, comm: Comm, overlap: bool) -> None:
+    def __init__(self, link: Link, ways: list[Way], failure: Failure, comm: Comm | None, overlap: bool) -> None:
         self.link = link
         self.ways = ways
         self.failure = failure
@@ -241,6 +250,13 @@ class Apart:
 
     def check(self) -> None:
         self.failure.check()
+
+    def close(self) -> None:
+        self.settle()
+        self.link.now().sync()  # the last gather is over
+        if isinstance(self.comm, GroupComm):
+            self.comm.close()
+        self.comm = None
 
     # ---- the workers
 
@@ -338,6 +354,7 @@ def make_updates(
         ways.append(OnHost("host", failure))
     if update in ("auto", "stream"):
         ways.append(Streamed("stream", failure, Stream(link, device)))
-    side = comm.beside()
-    side.max_(torch.zeros(1, dtype=torch.int64), "set-up updates")  # a group begins with its first call: now, in this thread
+    side = comm.beside() if plan.publishes and not isinstance(comm, PinnedComm) else None
+    if side is not None:  # a group begins with its first call: now, in this thread
+        side.max_(torch.zeros(1, dtype=torch.int64), "set-up updates")
     return Apart(link, ways, failure, side, overlap), staging

@@ -7,6 +7,7 @@ instead of waiting for the group's timeout (30 minutes by default); where they a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -169,6 +170,13 @@ class GroupComm:
         backend = dist.get_backend_config(self.group)
         group = dist.new_group(self.members, timeout=timeout, backend=backend, use_local_synchronization=some)
         return GroupComm(group, self.tag + "+")
+
+    def close(self) -> None:
+        """Gives back what `beside` made (every rank calls it). A group of some ranks stays: torch would give the next one its
+        name, under which the store holds the addresses of this one."""
+        with contextlib.suppress(ValueError):  # it went with the default group
+            if self.size == dist.get_world_size():
+                dist.destroy_process_group(self.group)
 
     def home(self, numel: int, dtype: torch.dtype, sharded: bool) -> None:
         return None
