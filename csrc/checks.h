@@ -163,8 +163,9 @@ inline std::vector<Part> pack_parts(const Tensor& out, const std::vector<Tensor>
   check(out, out.scalar_type(), out.numel(), "out", "");
   std::vector<Part> parts;
   for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].scalar_type() == out.scalar_type(), "grads: expected the dtype of out");
-    STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] + grads[i].numel() <= out.numel(), "grads: item ", i,
+    STD_TORCH_CHECK(grads[i].scalar_type() == out.scalar_type() && grads[i].is_contiguous(),
+                    "grads: expected contiguous tensors of the dtype of out");
+    STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] <= out.numel() - grads[i].numel(), "grads: item ", i,
                     " ends outside out");
     if (grads[i].numel() > 0) parts.push_back({offsets[i], offsets[i] + grads[i].numel(), grads[i].const_data_ptr()});
   }
@@ -209,7 +210,7 @@ inline std::vector<Part> pack_parts(const Tensor& out, const Tensor& places, boo
   parts.reserve(count + 1);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t start = row[i], elements = row[count + i];
-    STD_TORCH_CHECK(0 <= start && 0 <= elements && start + elements <= numel, "grads: item ", i, " ends outside out");
+    STD_TORCH_CHECK(0 <= start && 0 <= elements && start <= numel - elements, "grads: item ", i, " ends outside out");
     if (elements > 0) parts.push_back({start, start + elements, reinterpret_cast<const void*>(row[2 * count + i])});
   }
   parts = in_order(std::move(parts), numel, clear);

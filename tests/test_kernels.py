@@ -580,3 +580,16 @@ def test_subnormals_are_kept_where_the_program_flushes_them():
         pytest.skip("needs native kernels and a processor that can flush")
     done = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_op_of_packing_refuses_what_is_not_one_block_of_memory():
+    if not ISAS:
+        pytest.skip("needs native kernels")
+    out, flag = torch.zeros(64), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="grads: expected contiguous tensors of the dtype of out"):
+        torch.ops.zerolite.pack_(out, [torch.ones(1).expand(64)], [0], True, flag, 1e30)
+    with pytest.raises(RuntimeError, match="grads: item 0 ends outside out"):
+        torch.ops.zerolite.pack_(out, [torch.ones(8)], [2**63 - 1], True, flag, 1e30)
+    places = torch.tensor([[2**63 - 1], [8], [out.data_ptr()]])
+    with pytest.raises(RuntimeError, match="grads: item 0 ends outside out"):
+        torch.ops.zerolite.pack_at_(out, places, True, flag, 1e30, 0, 64, 64)
