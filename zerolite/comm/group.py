@@ -191,7 +191,10 @@ class GroupComm:
     def check(self, what: str) -> None:
         """Raises RankError where the group is gone."""
         if not dist.is_initialized():
-            raise RankError(f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step.")
+            raise RankError(
+                f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step, and with offload "
+                "after something has waited for its update (optimizer.state_dict())."
+            )
 
     def lost(self, what: str, error: Exception) -> RankError:
         """The error of a collective that failed, with its phase and the likely cause."""
