@@ -192,8 +192,8 @@ class GroupComm:
         """Raises RankError where the group is gone."""
         if not dist.is_initialized():
             raise RankError(
-                f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step, and with offload "
-                "after something has waited for its update (optimizer.state_dict())."
+                f"'{what}': the process group was destroyed. Call destroy_process_group() after the last step, and with "
+                "offload after something has waited for its update (optimizer.state_dict())."
             )
 
     def lost(self, what: str, error: Exception) -> RankError:
