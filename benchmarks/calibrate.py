@@ -23,7 +23,7 @@ did, whatever the reason:
 
     T(N) = mean over the known n of T(n) x median over the other models of T'(N)/T'(n)        (geometric mean)
 
-Of 504 steps that brought 288 within 10 % where the formulas brought 210.
+docs/benchmarks.md says how many of all predictions lie within 10 %.
 """
 
 from __future__ import annotations
@@ -187,14 +187,14 @@ def calibrate(rows: list[Row]) -> list[Row]:
     for (cpu, model, system), at in groups.items():
         alone = {name: one for (host, name, what), one in groups.items() if (host, what) == (cpu, ALONE)}
         worlds = sorted(set(at) & set(alone.get(model, {})))
+        others = [
+            one for (_, name, what), one in groups.items() if what == system and name != model and one.keys() >= at.keys()
+        ]
+        learnt = len(others) >= OTHERS
         for world in worlds if len(worlds) >= 3 else []:
             known = [n for n in worlds if n != world]
             cores = at[world]["conditions"]["cores"]
             crowd = crowding(alone, model, cores)
-            others = [
-                one for (_, name, what), one in groups.items() if what == system and name != model and one.keys() >= at.keys()
-            ]
-            learnt = len(others) >= OTHERS
             step = grown(others, at, world, known) if learnt else seconds(at, alone[model], world, known, cores, crowd)
             guess = {"step": step}
             guess |= {name: memory(at, world, known, name) for name in MEMORY}

@@ -151,6 +151,14 @@ ZL_FN void decode(float* __restrict m, float* __restrict v, const uint16_t* __re
   }
 }
 
+// What moments of a group become before they are encoded, where one is NaN or past the largest (rare).
+ZL_FN void make_plain(float* __restrict m) {
+  for (int64_t i = 0; i < kGroup; ++i) m[i] = plain(m[i]);
+}
+ZL_FN void end_at_largest(float* __restrict v) {
+  for (int64_t i = 0; i < kGroup; ++i) v[i] = as_float(as_bits(v[i]) < kLargest ? as_bits(v[i]) : kLargest);
+}
+
 // Scales of updated moments. The last argument says that moments are bytes.
 ZL_FN void set_scales(float* __restrict m, float* __restrict v, uint8_t* scales, const uint8_t*) {
   uint32_t top_m = 0, top_v = 0;
@@ -159,14 +167,8 @@ ZL_FN void set_scales(float* __restrict m, float* __restrict v, uint8_t* scales,
     top_m = top_m > size ? top_m : size;
     top_v = top_v > square ? top_v : square;
   }
-  if (top_m > kInfinity) {  // rare
-    for (int64_t i = 0; i < kGroup; ++i) m[i] = plain(m[i]);
-    top_m = kNan;
-  }
-  if (top_v > kLargest) {  // rare
-    for (int64_t i = 0; i < kGroup; ++i) v[i] = as_float(as_bits(v[i]) < kLargest ? as_bits(v[i]) : kLargest);
-    top_v = kLargest;
-  }
+  if (top_m > kInfinity) make_plain(m), top_m = kNan;
+  if (top_v > kLargest) end_at_largest(v), top_v = kLargest;
   scales[0] = scale_of<MomentCode>(top_m);
   scales[1] = scale_of<SquareCode>(top_v);
 }

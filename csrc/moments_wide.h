@@ -255,10 +255,8 @@ ZL_FN Tensors at_group(const Tensors& t, int64_t k) {
 
 // Where one is NaN; returns the group's largest.
 __attribute__((noinline)) uint32_t plain_moments(Staged& x) {
-  for (int i = 0; i < kGroup; ++i) {
-    x.m[i] = plain(x.m[i]);
-    x.size[i] = as_float(as_bits(x.m[i]) & 0x7fffffffu);
-  }
+  make_plain(x.m);
+  for (int i = 0; i < kGroup; ++i) x.size[i] = as_float(as_bits(x.m[i]) & 0x7fffffffu);
   return kNan;
 }
 ZL_FN void set_scales(Staged& x, const Tensors& t, const Ints* tops) {
@@ -275,9 +273,6 @@ ZL_FN void set_scales(Staged& x, const Tensors& t, const Ints* tops) {
   t.scales[1] = scale_of<SquareCode>(x.past ? kLargest : top_v);
   x.in_m = to_units<MomentCode>(t.scales[0]);
   x.in_v = to_units<SquareCode>(t.scales[1]);
-}
-ZL_FN void end_at_largest(Staged& x) {
-  for (int i = 0; i < kGroup; ++i) x.v[i] = as_float(as_bits(x.v[i]) < kLargest ? as_bits(x.v[i]) : kLargest);
 }
 
 // Patterns of a group of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a float where
@@ -318,7 +313,7 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
             ZL_OP(set1_ps)(from_units<SquareCode>(first.scales[1]))};
   Staged& last = ring[(k - 3) & 3];
   if constexpr (write) {
-    if (last.past) end_at_largest(last);
+    if (last.past) end_at_largest(last.v);
     to = {ZL_OP(set1_ps)(last.in_m), ZL_OP(set1_ps)(last.in_v)};
   }
   if constexpr (read && average) average_group(ring[k & 3].g, s, start + k * kGroup);

@@ -596,10 +596,11 @@ def wait_in_two_threads(rank):
     comm.wait_for(lambda _: time.monotonic() > end, "training")
     job.wait()
     dist.barrier()
+    return "waited"
 
 
 def test_two_threads_may_wait_at_once():
-    on_processes(2, wait_in_two_threads)
+    assert on_processes(2, wait_in_two_threads) == ["waited"] * 2
 
 
 def wait_for_different_things(rank, beside):

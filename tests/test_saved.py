@@ -245,8 +245,10 @@ def test_what_one_rank_cannot_save_is_told_to_all_before_anything_is_written(tmp
         model, _ = make(Run(stage=2), comm)
         if comm.rank == 1:
             model.norm.weight.data = model.norm.weight.detach().clone()
-        kind, words = (RuntimeError, "its storage was replaced")
-        with pytest.raises(kind, match=words if comm.rank == 1 else rf"rank 1 could not begin save_pretrained: .*{words}"):
+        words = "its storage was replaced"
+        with pytest.raises(
+            RuntimeError, match=words if comm.rank == 1 else rf"rank 1 could not begin save_pretrained: .*{words}"
+        ):
             zerolite.save_pretrained(model, tmp_path)
         with pytest.raises((ValueError, RuntimeError), match="file_bytes: expected at least 1, got 0"):
             zerolite.save_pretrained(make(Run(stage=2), comm)[0], tmp_path, file_bytes=comm.rank)

@@ -29,10 +29,9 @@ from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
 from zerolite.together import together
-from zerolite.update import Rule
+from zerolite.update import Rule, State
 
 FORMAT = 1
-_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def packed_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,10 +214,10 @@ def _check(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
     positions = _positions(groups)
     known = {index: entry for entry, index in _indexed(positions, buckets)}
     for index, values in saved.state.items():
-        lacking = _ADAM - values.keys() if index in known and _counted(known[index].bucket) else set()
-        if lacking and values:
+        needed = _state(known[index].bucket).needed if index in known else frozenset()
+        if values and not needed <= values.keys():
             raise ValueError(
-                f"parameter '{known[index].name}': expected states {sorted(_ADAM)}, got {sorted(values)}. They are of another "
+                f"parameter '{known[index].name}': expected states {sorted(needed)}, got {sorted(values)}. They are of another "
                 "optimizer."
             )
     if saved.about is not None:
@@ -263,7 +262,7 @@ def _write(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
     for bucket in buckets:
         bucket.keep_writes(quiet=True)  # the model may have been loaded just now
     for bucket in buckets:
-        assert bucket.state is not None
+        state = _state(bucket)
         for number, piece in enumerate(bucket.pieces):
             entry = bucket.entries[piece.slot]
             index = positions.get(entry.param, -1)
@@ -272,8 +271,8 @@ def _write(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
             if saved.about is None:
                 values = {k: _flat_piece(k, v, entry, piece) for k, v in values.items()} if values is not None else None
                 master = None if master is None else _flat_piece("master", master, entry, piece)
-            if values is not None or entry.steps > 0 or _counted(bucket):  # else what the optimizer made when it was built
-                bucket.state.write(number, {k: v for k, v in (values or {}).items() if k != "master"})
+            if values is not None or entry.steps > 0 or state.counted:  # else what the optimizer made when it was built
+                state.write(number, {k: v for k, v in (values or {}).items() if k != "master"})
             if master is not None and not bucket.rest.numel():
                 unused.append(entry.name)
             elif master is not None and not _write_master(bucket, piece, master):
@@ -314,14 +313,14 @@ def _order(bucket: Bucket | None, slot: int) -> list[list[int]]:
     return [list(bucket.views[slot].shape), list(bucket.views[slot].stride())]
 
 
-def _counted(bucket: Bucket | None) -> bool:
+def _state(bucket: Bucket | None) -> State:
     assert bucket is not None and bucket.state is not None
-    return bucket.state.counted
+    return bucket.state
 
 
 def _begun(entry: Entry, values: dict[str, Any]) -> bool:
     """Whether there is a state to save: after a step, or where the optimizer made one when it was built."""
-    return entry.steps > 0 or (entry.bucket is not None and not _counted(entry.bucket) and not values.keys() <= {"master"})
+    return entry.steps > 0 or (not _state(entry.bucket).counted and not values.keys() <= {"master"})
 
 
 def _copy(value: Any) -> Any:
@@ -330,9 +329,8 @@ def _copy(value: Any) -> Any:
 
 def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[str, Any]:
     """The state of one piece; elements are views (rounded moments in fp32), the master a new tensor."""
-    assert bucket.state is not None
-    values = bucket.state.read(number)
-    if bucket.state.counted:
+    values = _state(bucket).read(number)
+    if _state(bucket).counted:
         values = {"step": torch.tensor(float(entry.steps)), **values}
     if bucket.rest.numel():
         values["master"] = bucket.master(_range(piece))

@@ -163,10 +163,12 @@ class Grads:
 
     def norm_tensor(self, entry: Entry, order: float) -> Tensor:
         """The norm of one parameter's gradient, with its factor, in fp32 on its device; made for all at once."""
-        value = self.norms(order)[entry.index]
-        if order != 0.0:
-            value *= abs(entry.factor)
-        return torch.tensor(value, dtype=torch.float32, device=entry.param.device)
+        return torch.tensor(self._scaled([entry.index], order)[0], dtype=torch.float32, device=entry.param.device)
+
+    def _scaled(self, rows: Sequence[int], order: float) -> list[float]:
+        """Norms with factors."""
+        norms, factors = self.norms(order), self.table.factors
+        return [norms[row] * abs(factors[row]) for row in rows] if order != 0.0 else [norms[row] for row in rows]
 
     def _rows(self, handles: list[LazyGrad]) -> Sequence[int] | None:
         """The rows of handles that all are their parameter's own, of gradients that nothing has replaced and no step has used
@@ -188,9 +190,7 @@ class Grads:
         rows = self._rows(handles)
         if rows is None:
             return None
-        norms, factors = self.norms(order), self.table.factors
-        values = [norms[row] * abs(factors[row]) for row in rows] if order != 0.0 else [norms[row] for row in rows]
-        return list(torch.tensor(values, dtype=torch.float32, device=handles[0].device).unbind())
+        return list(torch.tensor(self._scaled(rows, order), dtype=torch.float32, device=handles[0].device).unbind())
 
     def scale_all(self, handles: list[LazyGrad], by: object) -> bool:
         """Records a factor of each gradient, if `by` is a number or a tensor of one; whether it did."""
@@ -210,9 +210,8 @@ class Grads:
         rows = [row for row in known if row is not None and table.handles[row] is not None]
         if not rows or len(set(map(_place, map(table.params.__getitem__, rows)))) != 1:
             return None  # torch sums norms by device and dtype
-        norms = self.norms(order)
-        values = [norms[row] * abs(table.factors[row]) for row in rows] if order != 0.0 else [norms[row] for row in rows]
-        total = torch.linalg.vector_norm(torch.tensor(values, dtype=torch.float32, device=table.params[rows[0]].device), order)
+        norms = torch.tensor(self._scaled(rows, order), dtype=torch.float32, device=table.params[rows[0]].device)
+        total = torch.linalg.vector_norm(norms, order)
         by = float(torch.clamp(float(max_norm) / (total + 1e-6), max=1.0))
         for row in rows:
             table.factors[row] *= by

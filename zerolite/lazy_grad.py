@@ -178,12 +178,13 @@ def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
     factors = by if isinstance(by, (list, tuple)) else [by] * len(grads)
     if any(isinstance(factor, LazyGrad) or (isinstance(factor, Tensor) and factor.dim() > 0) for factor in factors):
         return NotImplemented
+    numbers = [*map(float, by)] if isinstance(by, (list, tuple)) else [float(by)] * len(grads)  # a tensor is read once
     recorded = [isinstance(grad, LazyGrad) and _replaced(grad) is None for grad in grads]
     for grad in compress(grads, recorded):
         _check(grad)
-    for grad, factor, ours in zip(grads, factors, recorded, strict=True):
+    for grad, factor, number, ours in zip(grads, factors, numbers, recorded, strict=True):
         if ours:
-            grad.entry.factor = _apply(func.overloadpacket, grad.entry.factor, float(factor))
+            grad.entry.factor = _apply(func.overloadpacket, grad.entry.factor, number)
         else:
             getattr(grad, func.overloadpacket.__name__.removeprefix("_foreach_"))(factor)
     return None

@@ -41,6 +41,7 @@ class State(Protocol):
     """Optimizer states of one element range of a bucket."""
 
     counted: bool  # the number of updates is kept by the caller (Target.steps), not in the state
+    needed: frozenset[str]  # names without which a state that is written is another optimizer's
 
     def prepare(self, targets: list[Target]) -> Work:
         """What updates the targets of `param` and `rest` from the average of `sources`, for param groups as they are now."""
@@ -97,6 +98,7 @@ class AdamState:
     """Two moments for each element of a range."""
 
     counted = True
+    needed = frozenset(("step", "exp_avg", "exp_avg_sq"))
     pieces: Sequence[Piece]
     moments: Moments
 
@@ -206,6 +208,7 @@ class TorchState:
     """A clone of the user's optimizer that owns one fp32 tensor for each piece."""
 
     counted = False
+    needed: frozenset[str] = frozenset()
 
     def __init__(self, optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], device: torch.device) -> None:
         self.pieces = pieces

@@ -104,7 +104,7 @@ def targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
         ):
             return [Target(0, pieces[0].offset, stop, p.group, p.steps + 1, p.factor)]
     taken = {entry.index for entry in present}
-    group, steps, factor = None, -1, 1.0  # of the run of neighbours that begins with piece `first`
+    group, steps, factor, joins = None, -1, 1.0, False  # of the run of neighbours that begins with piece `first`
     first = start = end = 0
     for number, piece in enumerate(pieces):
         entry = entries[piece.slot]
@@ -112,13 +112,14 @@ def targets(bucket: Bucket, present: list[Entry]) -> list[Target]:
             continue
         stop = piece.offset + piece.stop - piece.start
         alike = entry.group is group and entry.steps == steps and entry.factor == factor
-        if merge and alike and number == last + 1 and over_padding(entry.group):
+        if joins and alike and number == last + 1:
             end = stop
         else:
             if group is not None:
                 found.append(Target(first, start, end, group, steps + 1, factor))
             first, start, end = number, piece.offset, stop
             group, steps, factor = entry.group, entry.steps, entry.factor
+            joins = merge and over_padding(group)
         last = number
     if group is not None:
         found.append(Target(first, start, end, group, steps + 1, factor))

@@ -67,7 +67,7 @@ class Link(Protocol):
 
     def up(self, out: Tensor, source: Tensor, after: Mark, alone: bool = False, kept: bool = False) -> Mark:
         """Copies a host tensor to the device, after `after` and all that this thread has asked of the device (alone: after
-        `after` alone)."""
+        `after` alone). kept: nobody frees `out` before something has waited for the mark."""
         ...
 
     def register(self, memory: Tensor) -> None:
