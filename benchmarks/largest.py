@@ -1,10 +1,12 @@
 """The largest model that trains within a memory limit, for each system: a bisection over depth.
 
-    zerolite bench largest [--limit 3G] [--ranks 2] [--width 512] [--systems "DDP,DeepSpeed,zerolite"]
+    zerolite bench largest [--limit 3G] [--ranks 2] [--width 512] [--checkpoint] [--systems "DDP,DeepSpeed,zerolite"]
 
 A GPT-2 shape grows by layers. A size fits where two steps run through while the physical memory of all ranks together
 (`harness.physical`: a page that ranks share counts once) stays below the limit; each system builds its model as
-sparingly as it can (meta_init, deepspeed.zero.Init, FSDP2 from the meta device).
+sparingly as it can (meta_init, deepspeed.zero.Init, FSDP2 from the meta device). With --checkpoint layers compute their
+activations again in the backward, in all systems: what people do who want the largest model. Without, a part of the limit
+goes to activations, which no optimizer makes smaller.
 
 Why this and no RLIMIT: RLIMIT_AS and RLIMIT_DATA count address space, also what is never written, and of each process by
 itself; RLIMIT_DATA does not see shared memory at all, which would be a gift to zerolite; a cgroup's memory.max is exact
@@ -57,7 +59,7 @@ class Search:
 
     def fits(self, layers: int) -> bool:
         """Whether two steps run through. Raises RuntimeError for a failure that is not the limit's."""
-        shape = grown(layers, self.args.width)
+        shape = grown(layers, self.args.width, checkpoint=self.args.checkpoint)
         numel = count(layers, self.args.width)
         self.progress.say(f"{self.system}: {layers} layers, {numel / 1e6:.0f} M parameters")
         trial: Row = {"layers": layers, "numel": numel}
@@ -92,6 +94,8 @@ def search(names: list[str], args: argparse.Namespace, limit: int) -> list[Row]:
     progress = Progress([TRIALS] * len(names))
     rows: list[Row] = []
     common = {"benchmark": "largest", "ranks": args.ranks, "limit": limit, "width": args.width, "device": args.device}
+    if args.checkpoint:
+        common["checkpoint"] = True
     for name in names:
         progress.next(f"largest model, {name}")
         trials = Search(name, args, limit, progress)
@@ -119,6 +123,7 @@ def main() -> None:
     parser.add_argument("--limit", default="3G", help="of all ranks together, in physical memory (3G)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--width", type=int, default=512, help="of the model; a layer has 12 x width^2 parameters (512)")
+    parser.add_argument("--checkpoint", action="store_true", help="with activation checkpointing, in all systems")
     parser.add_argument("--systems", default=DEFAULT)
     parser.add_argument("--tolerance", type=float, default=0.04, help="where the bisection stops (0.04)")
     parser.add_argument("--start", type=int, help="layers to begin with")
@@ -140,7 +145,8 @@ def main() -> None:
         print(f"left out: {name}: {why}")
     rows = search([name for name in names if name != ALONE], args, limit)
     rows += [left_out(name, args.ranks, why, "skipped") for name, why in missing.items()]
-    print(f"stored in {shown(store(f'largest-{args.ranks}', rows))}")
+    name = f"largest-{args.ranks}" + "-checkpoint" * args.checkpoint
+    print(f"stored in {shown(store(name, rows))}")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ LARGE: dict[str, Shape] = {
 KNOWN = {**MODELS, **LARGE}
 
 
-def grown(layers: int, width: int, words: int = 8000) -> Shape:
+def grown(layers: int, width: int, words: int = 8000, checkpoint: bool = False) -> Shape:
     """A GPT-2 shape of some depth: what the search for the largest model makes deeper."""
-    return replace(MODELS["gpt2-5M"], layers=layers, width=width, heads=max(width // 64, 1), words=words)
+    heads = max(width // 64, 1)
+    return replace(MODELS["gpt2-5M"], layers=layers, width=width, heads=heads, words=words, checkpoint=checkpoint)

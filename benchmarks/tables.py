@@ -174,7 +174,9 @@ def largest(rows: list[Row]) -> str:
         body.append([r["system"], str(r["layers"]), f"{r['numel'] / 1e6:.0f}", used, each, str(len(r["trials"]))])
     head = ["largest that trains", "layers", "M parameters", "MB, all ranks", "bytes a parameter and rank", "trials"]
     one = found[0]
-    text = f"## The largest model\n\n{one['limit'] / 1e9:.3g} GB for {one['ranks']} ranks together, width {one['width']}. "
+    checkpoint = one.get("checkpoint", False)
+    text = "## The largest model" + ", with activation checkpointing" * checkpoint
+    text += f"\n\n{one['limit'] / 1e9:.3g} GB for {one['ranks']} ranks together, width {one['width']}. "
     return text + f"{conditions(one)}\n{table(head, body)}" + left_out(rows) + missed(of_largest(rows)) + NOTES["largest"]
 
 

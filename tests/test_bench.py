@@ -154,9 +154,10 @@ def test_bisection(true, start):
 
 def test_the_search_tells_the_limit_from_a_failure(monkeypatch):
     class Args:
-        ranks, width, device, timeout, start, tolerance = 2, 64, "cpu", 1.0, 8, 0.04
+        ranks, width, device, timeout, start, tolerance, checkpoint = 2, 64, "cpu", 1.0, 8, 0.04, True
 
     def launch(system, shape, ranks, steps, limit, **_):
+        assert shape.checkpoint
         if system == "broken":
             return "RuntimeError: no"
         if shape.layers > 11:
@@ -167,7 +168,9 @@ def test_the_search_tells_the_limit_from_a_failure(monkeypatch):
     good, bad = largest.search(["fine", "broken"], Args, 1000)
     assert good["layers"] in (10, 11) and good["best"]["loss"] == 8.0 and not all(t["fits"] for t in good["trials"])
     assert bad["benchmark"] == "failed" and bad["why"] == "RuntimeError: no"
-    assert good["numel"] == largest.count(good["layers"], 64)
+    assert good["numel"] == largest.count(good["layers"], 64) and good["checkpoint"]
+    other = {name: value for name, value in good.items() if name != "checkpoint"}
+    assert compare.key(other) != compare.key(good) and compare.heading(other) != compare.heading(good)
     assert largest.count(3, 64) == largest.grown(3, 64).count()
 
 
