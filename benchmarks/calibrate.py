@@ -23,7 +23,8 @@ did, whatever the reason:
 
     T(N) = mean over the known n of T(n) x median over the other models of T'(N)/T'(n)        (geometric mean)
 
-docs/benchmarks.md says how many of all predictions lie within 10 %.
+all of one processor: rows of other models at the same world are used, none of the model itself. docs/benchmarks.md says how
+many of all predictions lie within 10 %.
 """
 
 from __future__ import annotations
@@ -169,9 +170,10 @@ def memory(at: At, world: int, known: Sequence[int], name: str) -> float:
     first = at[known[0]]
     if not ours(first["system"]) or "shape" not in first:
         return line(ends, [at[n][name] for n in known], [world, 1.0])
-    each = [(at[n][name] - at[n]["base"] - planned(first, n, name)) / n for n in known]
+    each = [(at[n][name] - at[n]["base"] - planned(at[n], n, name)) / n for n in known]
     base = line(ends, [at[n]["base"] for n in known], [world, 1.0])
-    return base + planned(first, world, name) + world * sum(each) / len(each)
+    like = at[max((n for n in known if n < world), default=min(known))]  # "auto" chooses by the number of ranks
+    return base + planned(like, world, name) + world * sum(each) / len(each)
 
 
 # ---- all of them
@@ -188,7 +190,9 @@ def calibrate(rows: list[Row]) -> list[Row]:
         alone = {name: one for (host, name, what), one in groups.items() if (host, what) == (cpu, ALONE)}
         worlds = sorted(set(at) & set(alone.get(model, {})))
         others = [
-            one for (_, name, what), one in groups.items() if what == system and name != model and one.keys() >= at.keys()
+            one
+            for (host, name, what), one in groups.items()
+            if (host, what) == (cpu, system) and name != model and one.keys() >= at.keys()
         ]
         learnt = len(others) >= OTHERS
         for world in worlds if len(worlds) >= 3 else []:

@@ -39,9 +39,11 @@ METRICS: dict[str, list[tuple[str, str, float]]] = {
     "largest": [("numel", "largest model, M parameters *", 1e-6)],
     "construct": [("seconds", "ms a rank", 1e3)],
     "moments": [("end", "loss at the end", 1.0)],
+    "device": [("seconds", "s", 1.0)],
     "scale": [("serial", "forecast step, s", 1.0)],
 }
-NAMES = ("model", "ranks", "numel", "system", "side", "stage", "moments", "seed", "limit", "checkpoint", "hardware", "known")
+NAMES = ["model", "ranks", "numel", "system", "side", "part", "name", "stage", "moments", "seed", "limit", "checkpoint", "clip"]
+NAMES += ["device", "tokens", "hardware", "known"]
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -84,7 +86,8 @@ def key(row: Row) -> tuple[str, ...]:
 
 def heading(row: Row) -> str:
     """The section that a row is in. A forecast's ranks are what its rows differ in."""
-    where = f", {row['model']}" if "model" in row else ", activation checkpointing" if row.get("checkpoint") else ""
+    where = f", {row['model']}" if "model" in row else ""
+    where += ", activation checkpointing" * row.get("checkpoint", False) + ", clipping" * row.get("clip", False)
     return f"{row['benchmark']}{where}" + (f", {row['ranks']} ranks" if "ranks" in row and row["benchmark"] != "scale" else "")
 
 

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch import nn
 
 from benchmarks.harness import Row, quantile, quantiles, shown, store
 from benchmarks.models import KNOWN
+from benchmarks.suite import left_out
 from zerolite import ZeroOptimizer, kernels
 from zerolite.buffer import Link, Reached, Room, link_for
 from zerolite.memory import process_memory
@@ -60,6 +62,20 @@ class Clock:
             if number >= 2:
                 found.append(took)
         return found
+
+    def steps(self, call: Callable[[], Any], rounds: int, settle: Callable[[], Any] = lambda: None) -> list[float]:
+        """Each of `rounds` training steps, one directly after the other, after two that do not count: what goes on beside the
+        training loop is waited for by the next step, not between two, and after the last one (settle)."""
+        marks = []
+        for _ in range(rounds + 2):
+            if self.cuda:
+                torch.cuda.current_stream().synchronize()  # as a loop does that reads its loss
+            marks.append(time.perf_counter())
+            call()
+        settle()
+        self.wait()
+        marks.append(time.perf_counter())
+        return [stop - start for start, stop in itertools.pairwise(marks)][2:]
 
     def wait(self) -> None:
         if self.cuda:
@@ -132,11 +148,11 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.link, name)
 
-    def down(self, out: torch.Tensor, source: torch.Tensor) -> Any:
-        return self._copy("down", source, lambda: self.link.down(out, source))
+    def down(self, out: torch.Tensor, source: torch.Tensor, *more: Any, **options: Any) -> Any:
+        return self._copy("down", source, lambda: self.link.down(out, source, *more, **options))
 
-    def up(self, out: torch.Tensor, source: torch.Tensor, after: Any, alone: bool = False) -> Any:
-        return self._copy("up", source, lambda: self.link.up(out, source, after, alone))
+    def up(self, out: torch.Tensor, source: torch.Tensor, *more: Any, **options: Any) -> Any:
+        return self._copy("up", source, lambda: self.link.up(out, source, *more, **options))
 
     def _copy(self, way: str, source: torch.Tensor, copy: Callable[[], Any]) -> Any:
         self.moved[way] += source.numel() * source.element_size()
@@ -172,7 +188,7 @@ def step_rows(device: torch.device, name: str, rounds: int, options: dict[str, A
         model(input_ids=batch, labels=batch).loss.backward()
         model.zero_grad()
 
-    base = clock.seconds(alone, rounds)
+    base = clock.steps(alone, rounds)
     with counted() as links:
         optimizer = ZeroOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), model, **options)
 
@@ -182,17 +198,17 @@ def step_rows(device: torch.device, name: str, rounds: int, options: dict[str, A
         optimizer.step()
         optimizer.zero_grad()
 
-    took = clock.seconds(step, rounds)
+    took = clock.steps(step, rounds, optimizer._parts.updates.settle)
     optimizer.state_dict()
     numel, steps = optimizer.plan.numel, rounds + 2
-    exposed = [max(a - b, 0.0) / a for a, b in zip(took, base, strict=True)]
+    mid, alone_mid = quantile(took, 0.5), quantile(base, 0.5)
     ways = getattr(optimizer._parts.updates, "ways", [])
     held = process_memory(device, True).proportional
     more = {
         "model": name,
         "options": {key: str(value) for key, value in options.items()},
         "alone": quantiles(base),
-        "exposed": quantile(exposed, 0.5),
+        "exposed": max(mid - alone_mid, 0.0) / mid,
         "a parameter": {way: value / steps / numel for way, value in links[0].moved.items()},
         "gradients": optimizer.plan.grads.home,
         "host a parameter": {"planned": optimizer.plan.host_peak / numel, "process": held / numel if held else None},
@@ -252,15 +268,23 @@ def main() -> None:
     rows: list[Row] = []
     for part in (lambda: kernel_rows(device, n, args.rounds), lambda: bus_rows(device, n, args.rounds)):
         rows += part()
+    failed: list[str] = []
     for way in WAYS:
-        rows += step_rows(device, args.model, args.rounds, way)
+        try:
+            rows += step_rows(device, args.model, args.rounds, way)
+        except Exception as error:  # told, and the others run
+            failed.append(f"{way}: {type(error).__name__}: {error}")
+            rows.append(left_out(f"{args.model}, {way}", 1, failed[-1], "failed"))
         gc.collect()  # a model and its optimizer are a cycle
         if args.device == "cuda":
             torch.cuda.empty_cache()
     for found in rows:
-        show(found)
+        if found["benchmark"] == "device":
+            show(found)
     if args.device == "cuda":  # figures of a CPU that plays a device mean nothing
         print(f"stored in {shown(store(f'device-{args.model}', rows))}")
+    if failed:
+        raise SystemExit("failed: " + "\n        ".join(failed))
 
 
 if __name__ == "__main__":

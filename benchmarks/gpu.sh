@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3 benchmarks/gpu.sh [RESULTS]        results, tables and plots are left in RESULTS (out/gpu)
 #
-# PYTHON must have a CUDA build of torch (2.11 or later), pytest, transformers and matplotlib, and nvcc must be found; peers that are not
+# PYTHON must have a CUDA build of torch (2.11 or later), pytest, hypothesis, psutil, transformers and matplotlib, and nvcc must be found; peers that are not
 # installed (deepspeed, torchao, flashoptim, bitsandbytes) are left out by name. Nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."

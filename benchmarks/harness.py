@@ -127,6 +127,8 @@ def on_ranks(
                     rank.kill()
                 for rank in running:
                     rank.wait()
+                for lock in Path(CACHE).glob("**/lock"):  # of a rank that was killed while it loaded what a peer compiles
+                    lock.unlink(missing_ok=True)
         if not out.exists():
             return _reason(log.read_text(), codes)
         (start, busy), (stop, after) = before, others()
@@ -224,7 +226,10 @@ def commit() -> str:
     """The commit of this tree, "+changes" where files differ from it (results do not count)."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git here
+            return ""
 
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
     return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")

@@ -112,7 +112,8 @@ def overhead(axes: Any, rows: list[Row]) -> None:
     """Overhead against the number of parameters, a panel for each world, of the processor with most rows; without the model of
     many small parameters, whose size says nothing."""
     rows = [row for row in rows if row["overhead"] > 0 and row.get("shape", {}).get("kind") != "small"]
-    host = Counter(row["conditions"]["cpu"] for row in rows).most_common(1)[0][0]
+    hosts = Counter(row["conditions"]["cpu"] for row in rows).most_common(1)
+    host = hosts[0][0] if hosts else ""
     rows = [row for row in rows if row["conditions"]["cpu"] == host]
     worlds, figure = sorted({row["ranks"] for row in rows}), axes.figure
     axes.remove()

@@ -43,22 +43,30 @@ def overhead(targets: list[Target], known: dict[str, Row], passes: list[Row], up
             f"of bf16 parameters, and its moments in bf16: {own - alone:.1f} bytes of states a parameter; {ours} (gradients "
             "that stay included)"
         )
-    rates = {row["side"]: row["ns"][1] for row in passes + update}
-    sides = ("pack", "average of 2 and its square sum", "square sum of 2", "zerolite")
+    same = [row for row in passes + update if processor(row) == processor(one)]
+    rates = {row["side"]: row["ns"][1] for row in same}
+    sides = ("pack", "average of 2 and its square sum", "square sum of 2", "zerolite", f"zerolite, {one['ranks']} sources")
     if any(side not in rates for side in sides):
-        return ""
+        return ""  # the tables above are of another processor
     ranks, size = one["ranks"], one["numel"] * 1e-6  # ms for each ns
     # Each rank packs all of its gradients, and averages come from `ranks` sources instead of 2 (by bytes).
-    scaled = (ranks, (ranks + 1) / 3, ranks / 2, 1)
-    pack, average, norm, adam = (rates[side] * scale * size for side, scale in zip(sides, scaled, strict=True))
+    scaled = (ranks, (ranks + 1) / 3, ranks / 2, 1, 1)
+    pack, average, norm, adam, summing = (rates[side] * scale * size for side, scale in zip(sides, scaled, strict=True))
     peers = {t.peer["system"]: t.peer["overhead"] for t in targets if t.bound == DEEPSPEED and t.system in names}
     bounds = [f"{name}'s sixth is {value * DEEPSPEED * 1e3:.0f}" for name, value in peers.items()]
     return (
         f"overhead: at the rates of the tables above packing {pack:.0f} ms, averaging with the exact norm {average:.0f} and "
         f"the update {adam:.0f} take {pack + average + adam:.0f} ms on these cores at stages 2 and 3; at stage 1, which "
-        f"averages inside norm and update, packing, the norm ({norm:.0f}) and the update {pack + norm + adam:.0f}; "
+        f"averages inside norm and update, packing, the norm ({norm:.0f}) and the update "
+        f"({summing:.0f}) {pack + norm + summing:.0f}; "
         f"{', '.join(bounds)}. What was just written passes faster; the rest is waiting for the slowest rank"
     )
+
+
+def processor(row: Row) -> tuple[str, int] | None:
+    """What a row was measured on."""
+    conditions = row.get("conditions")
+    return (conditions["cpu"], conditions["cores"]) if conditions else None
 
 
 def each(known: dict[str, Row], names: list[str], targets: list[Target]) -> str:
@@ -69,9 +77,9 @@ def each(known: dict[str, Row], names: list[str], targets: list[Target]) -> str:
     alone = known["model alone"]["step"] / count * 1e6
     return (
         f"overhead: {count:,} parameters cost what Python and autograd do for each, not their bytes. Microseconds a parameter "
-        f"beyond the {alone:.1f} of model alone: {told}. Of zerolite's, the call of a hook, with p.grad read and set, is "
-        "about 3; most of the rest is torch's clip_grad_norm_, in which torch lists and groups every p.grad twice and stacks "
-        "their norms, as for plain tensors (`optimizer.clip_grad_norm_` does not)"
+        f"beyond the {alone:.1f} of model alone: {told}. Of zerolite's, a part is the call of a hook, with "
+        "p.grad read and set; most of the rest is torch's clip_grad_norm_, in which torch lists and groups every p.grad "
+        "twice and stacks their norms, as for plain tensors (`optimizer.clip_grad_norm_` does not)"
     )
 
 

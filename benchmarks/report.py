@@ -30,6 +30,9 @@ CAPTIONS = {
 }
 
 
+KINDS = ("update", "passes", "small", "small-clip", "footprint", "scale", "construct")
+
+
 def write(results: Path, docs: Path | None = None) -> list[Path]:
     """Writes the page and the plots for which there are results; returns their paths."""
     docs = docs or (ROOT / "docs" if results == ROOT / "benchmarks" / "results" else results)
@@ -44,7 +47,7 @@ def write(results: Path, docs: Path | None = None) -> list[Path]:
 def text(results: Path, pictures: Sequence[Path] = ()) -> str:
     """The page."""
     blocks = [read(path) for path in sorted(results.glob("step-*.jsonl"))]
-    found = {name: read(results / f"{name}.jsonl") for name in ("update", "passes", "small", "footprint", "scale", "construct")}
+    found = {name: read(results / f"{name}.jsonl") for name in KINDS}
     parts = [HEAD]
     for path in pictures:
         parts.append(f"![{path.stem.replace('-', ' ')}]({path.as_posix()})\n\n{CAPTIONS.get(path.stem, '')}\n")
@@ -52,7 +55,8 @@ def text(results: Path, pictures: Sequence[Path] = ()) -> str:
     parts.append(tables.step(blocks, found["passes"], found["update"]))
     parts += [tables.largest(read(path)) for path in sorted(results.glob("largest-*.jsonl"))]
     parts += [tables.exchange(read(path)) for path in sorted(results.glob("exchange-*.jsonl"))]
-    parts += [getattr(tables, name)(found[name]) for name in ("small", "footprint") if found[name]]
+    parts += [tables.small(found[name]) for name in ("small", "small-clip") if found[name]]
+    parts += [tables.footprint(found["footprint"])] if found["footprint"] else []
     parts += [getattr(tables, name)(found[name]) for name in ("scale", "construct") if found[name]]
     parts.append(tables.moments(read(results / "moments.jsonl")) if (results / "moments.jsonl").exists() else "")
     parts.append(tables.device([row for path in sorted(results.glob("device-*.jsonl")) for row in read(path)]))

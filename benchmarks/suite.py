@@ -29,6 +29,9 @@ PARTS |= {"largest": 3000.0, "scale": 60.0, "construct": 900.0}
 QUIET = {"update": ["--rounds", "3", "--elements", "4e6"], "passes": ["--rounds", "3", "--elements", "4e6"]}
 
 
+SAME = ("commit", "cpu", "cores", "gpu", "versions")  # of rows that --resume keeps
+
+
 @dataclass(frozen=True)
 class Block:
     """One model at one world size."""
@@ -97,8 +100,8 @@ def measure(block: Block, names: list[str], device: str, progress: Progress) -> 
                 progress.say(f"{block.model} x{block.world}: {name} failed and is left out: {result}")
                 failed[name] = result
                 found.pop(name)
-                if name == ALONE:
-                    raise SystemExit("without 'model alone' there is no overhead to tell")
+                if name == ALONE:  # without it there is no overhead to tell
+                    return {}, dict.fromkeys(names, f"model alone failed: {result}")
             else:
                 found[name].append(result)
     return found, failed
@@ -109,7 +112,7 @@ def run_block(block: Block, device: str, progress: Progress) -> Path:
     names, missing = choose(block.systems, block.world, device == "cuda", block.core)
     found, failed = measure(block, names, device, progress)
     shape = KNOWN[block.model]
-    rows = [summary(name, shape, block.world, runs, found[ALONE]) for name, runs in found.items()]
+    rows = [summary(name, shape, block.world, runs, found.get(ALONE, [])) for name, runs in found.items()]
     rows += [left_out(name, block.world, why, "skipped") for name, why in missing.items()]
     rows += [left_out(name, block.world, why, "failed") for name, why in failed.items()]
     return store(block.name, [{**row, "model": block.model, "device": device, "block": block.settings} for row in rows])
@@ -119,11 +122,18 @@ def left_out(name: str, world: int, why: str, kind: str) -> Row:
     return {"benchmark": kind, "system": name, "ranks": world, "why": why}
 
 
-def measured(block: Block) -> bool:
-    """Whether this commit has measured the block already, with the same settings."""
+def measured(block: Block, device: str) -> bool:
+    """Whether this commit has measured the block already, with the same settings on the same machine, and nothing failed or can
+    run now that could not."""
     rows = harness.read(harness.RESULTS / f"{block.name}.jsonl")
-    same = all(row.get("block") == block.settings and row["conditions"]["commit"] == commit() for row in rows)
-    return bool(rows) and same and not commit().endswith("+changes")
+    if not rows or not commit() or commit().endswith("+changes"):
+        return False
+    here = harness.conditions()
+    _, missing = choose(block.systems, block.world, device == "cuda", block.core)
+    skipped = {row["system"] for row in rows if row["benchmark"] == "skipped"}
+    same = all((row.get("block"), row.get("device")) == (block.settings, device) for row in rows)
+    same = same and all(row["conditions"][name] == here[name] for row in rows for name in SAME)
+    return same and skipped == set(missing) and not any(row["benchmark"] == "failed" for row in rows)
 
 
 # ---- all of them
@@ -133,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     device = args.device or default_device()
     blocks, parts = selection(args)
-    kept = [block for block in blocks if args.resume and measured(block)]
+    kept = [block for block in blocks if args.resume and measured(block, device)]
     blocks = [block for block in blocks if block not in kept]
     jobs = [weights(block, device) for block in blocks]
     total = sum(map(sum, jobs)) + sum(PARTS[part] for part in parts)

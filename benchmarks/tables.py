@@ -7,6 +7,7 @@ import re
 from benchmarks import reasons
 from benchmarks.calibrate import TOLERANCE
 from benchmarks.harness import Row
+from benchmarks.peers import PEERS
 from benchmarks.targets import OTHERS, best, disturbed, missed, of_largest, of_steps
 
 NOTES = {
@@ -135,7 +136,7 @@ def step(blocks: list[list[Row]], passes: list[Row], update: list[Row]) -> str:
         title = f"### {model}, {size:.1f} M parameters, bf16, {ranks} rank{'s' if ranks > 1 else ''}\n\n"
         text = f"{title}{conditions(measured[0])}\n{table([STEP[k] for k in filled], body)}"
         if odd:
-            text += f"\nDisturbed: model alone took longer than {', '.join(odd)}. Overheads say nothing and are not judged.\n"
+            text += f"\nDisturbed: {odd}. Overheads say nothing and are not judged.\n"
         beside = [f"{r['system']} ({r['others']:.1f})" for r in measured if r.get("others", 0.0) > OTHERS]
         if beside:
             text += f"\nOther processes took more than {OTHERS} cores while these were timed: {', '.join(beside)}.\n"
@@ -163,6 +164,13 @@ def step_row(r: Row, peers: list[float | None]) -> list[str]:
     return [r["system"], *times, p20, p80, milliseconds(r, "overhead"), *shares, *ends]
 
 
+def not_asked(found: list[Row], rows: list[Row]) -> str:
+    """DeepSpeed's systems that were not among those that were asked for."""
+    known = {row["system"] for row in [*found, *rows]}
+    left = [name for name in PEERS if name.startswith("DeepSpeed") and name not in known]
+    return f"\nNot among those that were tried: {', '.join(left)}.\n" if left else ""
+
+
 def largest(rows: list[Row]) -> str:
     found = [row for row in rows if row["benchmark"] == "largest"]
     if not found:
@@ -177,7 +185,14 @@ def largest(rows: list[Row]) -> str:
     checkpoint = one.get("checkpoint", False)
     text = "## The largest model" + ", with activation checkpointing" * checkpoint
     text += f"\n\n{one['limit'] / 1e9:.3g} GB for {one['ranks']} ranks together, width {one['width']}. "
-    return text + f"{conditions(one)}\n{table(head, body)}" + left_out(rows) + missed(of_largest(rows)) + NOTES["largest"]
+    return (
+        text
+        + f"{conditions(one)}\n{table(head, body)}"
+        + left_out(rows)
+        + not_asked(found, rows)
+        + missed(of_largest(rows))
+        + NOTES["largest"]
+    )
 
 
 def exchange(rows: list[Row]) -> str:
@@ -192,9 +207,8 @@ def exchange(rows: list[Row]) -> str:
 def small(rows: list[Row]) -> str:
     body = [[r["side"], *(f"{v:.1f}" for v in r["ms"]), f"{r['ratio']:.1f}"] for r in rows]
     head = ["ms", *(f"{count:,} parameters" for count in rows[0]["counts"]), "ratio"]
-    first = (
-        f"## Many small parameters\n\n{rows[0]['elements']:,.0f} elements, {rows[0]['ranks']} ranks. {conditions(rows[0])}\n"
-    )
+    title = "## Many small parameters" + ", clipped" * rows[0].get("clip", False)
+    first = f"{title}\n\n{rows[0]['elements']:,.0f} elements, {rows[0]['ranks']} ranks. {conditions(rows[0])}\n"
     each = {r["side"]: (r["ms"][1] - r["ms"][0]) * 1e3 / (r["counts"][1] - r["counts"][0]) for r in rows}
     more = [each[r["side"]] for r in rows if r["side"].startswith("stage") and r["ratio"] >= 2]
     note = "The target, less than twice the time of the few, is met."
@@ -292,11 +306,11 @@ def device(rows: list[Row]) -> str:
     if not rows:
         return NOTES["no device"]
     body = []
-    for r in rows:
+    for r in (row for row in rows if row["benchmark"] == "device"):
         low, mid, high = (f"{value * 1e3:.2f}" for value in r["seconds"])
         each = r.get("a parameter", {})
         crossed = f"{each['down']:.2f} + {each['up']:.2f}" if each else ""
         part = f"{r['of a copy']:.2f}" if "of a copy" in r else f"{r['exposed']:.2f} exposed" if "exposed" in r else ""
         body.append([r["part"], r["name"], low, mid, high, f"{r['GB/s']:.1f}", part, crossed])
     head = ["part", "what", "ms p20", "p50", "p80", "GB/s", "of a copy, or update exposed", "bytes a parameter, down + up"]
-    return f"## A GPU and its bus\n\n{conditions(rows[0])}\n" + table(head, body) + NOTES["device"]
+    return f"## A GPU and its bus\n\n{conditions(rows[0])}\n" + table(head, body) + left_out(rows) + NOTES["device"]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from benchmarks.harness import Row
+from benchmarks.systems import ALONE
 
 OTHERS = 0.1  # cores that other processes may take while a system is timed
 DEEPSPEED, DDP, PEAK, FIRST = 1 / 6, 1 / 2, 1 / 2, 1 / 2  # at most
@@ -65,14 +66,19 @@ def of_steps(rows: list[Row]) -> list[Target]:
             ("first", best(rows, "first", "DeepSpeed", stage), FIRST),
         ]
         for metric, peer, bound in pairs:
-            if peer is not None and stage > 0 and (quiet or metric != "overhead"):
+            if peer is not None and stage > 0 and (metric != "overhead" or (quiet and row["overhead"] > 0)):
                 found.append(Target(name, metric, peer, bound, row[metric] / peer[metric]))
     return found
 
 
-def disturbed(rows: list[Row]) -> list[str]:
-    """Peers whose whole step was no longer than model alone's, which something else had slowed down then."""
-    return [row["system"] for row in rows if row["system"].startswith(("DDP", "DeepSpeed")) and row["overhead"] <= 0]
+def disturbed(rows: list[Row]) -> str:
+    """Why the overheads of a block say nothing: something else slowed down "model alone", which takes the same off each;
+    empty where nothing did."""
+    for row in rows:
+        if row["system"] == ALONE and row.get("others", 0.0) > OTHERS:
+            return f"other processes took {row['others']:.1f} cores while model alone was timed"
+    shorter = [row["system"] for row in rows if row["system"].startswith(("DDP", "DeepSpeed")) and row["overhead"] <= 0]
+    return f"model alone took longer than {', '.join(shorter)}" if shorter else ""
 
 
 def of_largest(rows: list[Row]) -> list[Target]:

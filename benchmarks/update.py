@@ -83,8 +83,8 @@ BYTES = {
     "zerolite, int8 moments": 14,
     "zerolite, int8 moments, 2 sources": 16,
     "read-modify-write loop, same streams": 26,
-    "torch AdamW(fused), whole path": 42,
-    "DeepSpeed, whole path": 42,
+    "torch AdamW(fused), whole path": 48,
+    "DeepSpeed, whole path": 48,
     "DeepSpeedCPUAdam, fp32 update alone": 28,
 }
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -108,11 +109,25 @@ def test_a_failing_system_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     assert all(r["model"] == "small-10k" and r["conditions"]["commit"] for r in rows)
     page = report.text(tmp_path)
     assert "Left out: FlashOptim (needs a GPU); DDP + AdamW(fused) (ImportError: no such thing)." in page
-    monkeypatch.setattr(suite, "commit", lambda: rows[0]["conditions"]["commit"].removesuffix("+changes"))
-    for r in rows:
-        r["conditions"]["commit"] = suite.commit()
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert suite.measured(block) and not suite.measured(suite.Block("small-10k", 2, False, 1, 3))
+    here = {**harness.conditions(), "commit": "abc"}
+    monkeypatch.setattr(suite, "commit", lambda: "abc")
+    monkeypatch.setattr(harness, "conditions", lambda: here)
+    good = [
+        {**r, "benchmark": "step", "conditions": here} if r["benchmark"] == "failed" else {**r, "conditions": here}
+        for r in rows
+    ]
+
+    def kept(rows, device="cpu", block=block):
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return suite.measured(block, device)
+
+    assert kept(good) and not kept(good, block=suite.Block("small-10k", 2, False, 1, 3)) and not kept(good, "cuda")
+    assert not kept([{**r, "conditions": here} for r in rows])  # one failed
+    assert not kept([r for r in good if r["benchmark"] != "skipped"]) and not kept([])  # what could not run then might now
+    for name in ("cpu", "versions", "commit"):
+        assert not kept([{**r, "conditions": {**here, name: "other"}} for r in good])
+    monkeypatch.setattr(suite, "commit", lambda: "")  # no git here
+    assert not kept([{**r, "conditions": {**here, "commit": ""}} for r in good])
 
 
 def test_the_preset_and_options_make_blocks():
@@ -187,7 +202,15 @@ def test_targets_name_what_is_missed():
     assert text.startswith("\nTargets missed in this run:\n\n- zerolite 2: overhead of DeepSpeed 2 + offload's 0.18")
 
     slowed = [row("DDP + AdamW(fused)", -0.2), *rows[1:]]  # something else ran beside "model alone"
-    assert targets.disturbed(slowed) == ["DDP + AdamW(fused)"] and not targets.disturbed(rows)
+    assert targets.disturbed(slowed) == "model alone took longer than DDP + AdamW(fused)" and not targets.disturbed(rows)
+    beside = [
+        row(systems.ALONE, 0.0, others=0.5),
+        *rows,
+    ]  # it takes the same off every overhead, which flatters the smaller ones
+    assert targets.disturbed(beside) == "other processes took 0.5 cores while model alone was timed"
+    assert {target.metric for target in targets.of_steps(beside)} == {targets.ABOVE, "first"}
+    below = [*rows, row("zerolite 1", -0.01), row("DeepSpeed 1", 0.2)]
+    assert "overhead" not in {target.metric for target in targets.of_steps(below) if target.system == "zerolite 1"}
     assert {target.metric for target in targets.of_steps(slowed)} == {targets.ABOVE, "first"}
     text = tables.step([slowed], [], [])
     assert "Disturbed: model alone took longer than DDP + AdamW(fused)." in text and "overhead of" not in text
@@ -203,14 +226,71 @@ def test_targets_name_what_is_missed():
     assert [(t.figure, t.met) for t in found] == [(2.1, True), (2.9, False)]
 
 
+def test_what_was_not_tried_is_told():
+    one = {
+        "benchmark": "largest",
+        "system": "DeepSpeed 1",
+        "ranks": 2,
+        "numel": 10,
+        "layers": 1,
+        "limit": 1,
+        "width": 64,
+        "trials": [],
+    }
+    page = tables.largest([{**one, "best": None, "checkpoint": True, "conditions": CONDITIONS}])
+    assert "with activation checkpointing" in page
+    assert "Not among those that were tried: DeepSpeed 0, DeepSpeed 2, DeepSpeed 3, DeepSpeed 1 + offload" in page
+
+
+def test_small_results_with_and_without_clipping_are_both_shown_and_kept_apart(tmp_path):
+    one = {
+        "benchmark": "small",
+        "side": "stage 1, overhead",
+        "elements": 5e6,
+        "ranks": 2,
+        "counts": [10, 10000],
+        "ms": [7.0, 60.0],
+    }
+    rows = [{**one, "ratio": 8.6, "clip": clip, "conditions": CONDITIONS} for clip in (False, True)]
+    for name, r in zip(("small", "small-clip"), rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(r) + "\n")
+    page = report.text(tmp_path)
+    assert "## Many small parameters\n" in page and "## Many small parameters, clipped\n" in page
+    assert compare.key(rows[0]) != compare.key(rows[1]) and compare.heading(rows[0]) != compare.heading(rows[1])
+
+
+def test_offloaded_steps_are_measured_on_a_simulated_device(monkeypatch):
+    from benchmarks import device
+
+    monkeypatch.setenv("ZEROLITE_SIMULATE", "0")
+    tiny = Shape("gpt2", 2, 64, 2, 256, rows=1, length=8)
+    monkeypatch.setitem(KNOWN, "tiny", tiny)
+    for way in (device.WAYS[1], device.WAYS[3], device.WAYS[-1]):
+        (found,) = device.step_rows(torch.device("cpu"), "tiny", 2, way)
+        assert found["benchmark"] == "device" and len(found["samples"]) == 2 and found["a parameter"]["up"] >= 2.0, way
+        assert 0 <= found["exposed"] <= 1 and compare.measures(found)
+
+
+def test_locks_of_killed_ranks_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "CACHE", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert isinstance(harness.on_ranks(1, ["timeit", "--nonsense"], 60), str)
+    assert not lock.exists()
+
+
 def test_reasons_are_told_in_figures():
     rates = {"pack": 0.1, "average of 2 and its square sum": 0.2, "square sum of 2": 0.4, "zerolite": 0.6}
-    passes = [{"side": side, "ns": [0.0, ns, 9.0]} for side, ns in rates.items()]
+    rates["zerolite, 2 sources"] = 0.8
+    passes = [{"side": side, "ns": [0.0, ns, 9.0], "conditions": CONDITIONS} for side, ns in rates.items()]
     rows = [row(systems.ALONE, 0.0, peak=3 << 29), row("DDP + AdamW(fused)", 0.2), row("DeepSpeed 2", 0.6)]
     late = [*rows, row("zerolite 2", 0.15, build=0.25)]
     text = reasons.of_block(late, passes[:3], passes[3:])
     assert "packing 1 ms, averaging with the exact norm 1 and the update 3 take 5 ms" in text  # 5e6 elements
-    assert "the norm (2) and the update 6; DeepSpeed 2's sixth is 100." in text
+    assert "the norm (2) and the update (4) 7; DeepSpeed 2's sixth is 100." in text
+    elsewhere = [{**r, "conditions": {**CONDITIONS, "cpu": "another"}} for r in passes]
+    assert "overhead" not in reasons.of_block(late, elsewhere[:3], elsewhere[3:])  # rates of another processor say nothing
     alone = (1 << 29) / 1e7  # bytes a parameter and rank at the model's own peak, of which 9 rest
     assert f"zerolite 2 9.0 + {alone - 9:.1f} = {alone:.1f} (peak {2 * alone:.1f}, bound {alone:.1f})" in text
     assert "zerolite 2 250 of 1000 ms" in text

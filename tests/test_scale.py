@@ -101,6 +101,17 @@ def test_the_forecast_follows_its_formulas():
     assert ahead["fits"] and ahead["stage"] == 1 and 2 * ahead["numel"] < ahead["device"] < 80e9
 
 
+def test_growth_is_not_learnt_from_another_processor():
+    def rows(model, cpu):
+        return [{**r, "model": model, "conditions": {**CONDITIONS, "cpu": cpu}} for n in (1, 2, 4) for r in grown(n)]
+
+    others = [r for k in range(3) for r in rows(f"other {k}", "another")]
+    found = [r for r in calibrate.calibrate(rows("gpt2-5M", "one") + others) if r["model"] == "gpt2-5M"]
+    assert found and not any(r["learnt"] for r in found)
+    same = [r for k in range(3) for r in rows(f"other {k}", "one")]
+    assert all(r["learnt"] for r in calibrate.calibrate(rows("gpt2-5M", "one") + same))
+
+
 def test_rows_of_two_processors_are_not_mixed():
     other = {**CONDITIONS, "cpu": "another"}
     rows = [{**r, "conditions": other if n == 4 else CONDITIONS} for n in (1, 2, 4) for r in grown(n)]
