@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for
+from ranks import on_threads
 from torch import nn
 
 import zerolite
@@ -168,6 +169,117 @@ def test_a_replaced_storage_is_seen_at_the_step():
         change(model)
         with pytest.raises(RuntimeError, match="its storage was replaced"):
             optimizer.step()
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    model = Net(tied=False)
+    model.head.weight.data = model.embed.weight.data
+    with pytest.raises(
+        ValueError, match=r"parameters '(embed|head)\.weight' and '(head|embed)\.weight' are two parameters on the"
+    ):
+        make(Run(), LocalComm(), model)
+    model.head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="Tie them by using one parameter twice"):
+        make(Run(), LocalComm(), model)
+    model.embed.weight.requires_grad_(False)  # neither changes
+    zerolite.ZeroOptimizer(torch.optim.AdamW(model.blocks.parameters()), model, process_group=LocalComm())
+
+    flat = torch.randn(30)  # neighbours in one tensor are no twins
+    one, two = nn.Parameter(flat[:10].view(2, 5)), nn.Parameter(flat[10:])
+    zerolite.ZeroOptimizer(torch.optim.AdamW([one, two]), process_group=LocalComm())
+    three, four = nn.Parameter(flat[9:12]), nn.Parameter(flat[10:])
+    with pytest.raises(ValueError, match="on the same memory"):
+        zerolite.ZeroOptimizer(torch.optim.AdamW([four, three]), process_group=LocalComm())
+
+
+def test_sparse_buffers():
+    def body(comm):
+        model = Net()
+        model.register_buffer("adjacency", torch.eye(3).to_sparse())
+        if comm.size > 1:
+            with pytest.raises(NotImplementedError, match="buffer 'adjacency': expected a dense buffer"):
+                make(Run(), comm, model)
+            return
+        make(Run(), comm, model)
+        assert torch.equal(model.adjacency.to_dense(), torch.eye(3))
+
+    for world in (1, 2):
+        on_threads(world, body)
+
+
+def test_rounding_what_another_optimizer_may_train_is_told():
+    model = Net()
+    with pytest.warns(UserWarning, match=r"parameter 'scale' \(4 in all\) requires a gradient and is not in this optimizer"):
+        zerolite.ZeroOptimizer(
+            torch.optim.AdamW(model.blocks.parameters()), model, param_dtype=torch.bfloat16, process_group=LocalComm()
+        )
+    assert model.embed.weight.dtype == torch.bfloat16
+
+
+class Scaled(nn.Module):
+    """A block with a parameter of one element, which one NaN can stand for without repeating itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 1)])
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x) * self.scale).sum()
+
+
+def _replace(p, value):
+    p.data = torch.full(p.shape, value)
+
+
+RELEASED = {
+    "one element": (lambda model: model.scale.detach().clamp_(0, 4), "parameter 'scale': written while it is released"),
+    "shape (1,)": (lambda model: model.blocks[1].bias.detach().zero_(), "parameter 'blocks.1.bias': written while"),
+    "its data": (lambda model: model.scale.data.fill_(2.0), "parameter 'scale': written while it is released"),
+    "other data": (lambda model: _replace(model.blocks[0].weight, 2.0), "'blocks.0.weight': its storage was replaced"),
+    "a vector": (
+        lambda model: nn.utils.vector_to_parameters(torch.ones(17), model.parameters()),
+        "its storage was replaced",
+    ),
+}
+NEEDED = {
+    "forward": lambda model, optimizer: model(torch.ones(2, 3).bfloat16()),
+    "state_dict": lambda model, optimizer: model.state_dict(),
+    "full_params": lambda model, optimizer: optimizer.full_params().__enter__(),
+    "part": lambda model, optimizer: optimizer.state_dict(),
+    "whole": lambda model, optimizer: optimizer.full_state(),
+}
+
+
+@pytest.mark.parametrize("write", RELEASED)
+@pytest.mark.parametrize("need", NEEDED)
+def test_a_write_to_a_released_parameter_is_never_lost_silently(write, need):
+    model = Scaled()
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3, param_dtype=torch.bfloat16)
+    model(torch.ones(2, 3).bfloat16()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    change, message = RELEASED[write]
+    change(model)
+    with pytest.raises(RuntimeError, match=message):
+        NEEDED[need](model, optimizer)
+    if message.endswith("released"):  # told once; the value is what it was
+        assert model.state_dict()["scale"].isfinite().all()
+
+
+def test_a_released_parameter_of_one_element_is_nan_again_after_a_write():
+    model = Scaled()
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3)
+    with optimizer.full_params():
+        before = model.scale.detach().clone()
+    model.scale.data.fill_(3.0)
+    with pytest.raises(RuntimeError, match="written while"):
+        model(torch.ones(2, 3))
+    with optimizer.full_params():
+        assert torch.equal(model.scale, before)
+    assert model.scale.isnan()
+    model(torch.ones(2, 3)).backward()
+    optimizer.step()
 
 
 def test_a_step_twice_and_a_backward_without_zero_grad():

@@ -491,6 +491,24 @@ def test_cores_follow_the_cgroup(tmp_path, monkeypatch, text, cores):
     assert host.usable_cores() == cores
 
 
+@pytest.mark.parametrize(
+    "mine,others,here,quota,expected",
+    [
+        (range(8), [range(8)] * 4, 4, "max 1", 2),
+        (range(8), [range(8)], 4, "max 1", 2),  # three are in other groups
+        (range(8), [range(8), range(8, 16)], 2, "max 1", 8),  # each is bound to cores of its own
+        (range(8), [range(8), range(4, 12), range(12, 16)], 3, "max 1", 4),
+        (range(8), [range(8), range(8, 16)], 2, "600000 100000", 3),  # a quota is of all
+        (range(2), [range(2)] * 4, 4, "max 1", 1),
+    ],
+)
+def test_bound_ranks_do_not_divide_their_cores(tmp_path, monkeypatch, mine, others, here, quota, expected):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(mine))
+    assert host.core_share(here, [frozenset(cores) for cores in others]) == expected
+
+
 def test_nested_groups_limit_too(tmp_path, monkeypatch):
     """A process without a cgroup namespace: its own groups are known by their paths alone."""
     lines = Path("/proc/self/cgroup")

@@ -43,6 +43,7 @@ LAYERS = {
     "norm": 3,
     "unit": 3,
     "memory": 4,
+    "views": 1,
     "lazy_grad": 4,
     "grads": 4,
     "hooks": 4,

@@ -540,6 +540,84 @@ def test_clipping_the_parameters_of_two_optimizers_at_once():
     assert equal(on_threads(2, body, True)[0], on_threads(2, body, False)[0])
 
 
+def _augmented(p):
+    p.grad += 0.01 * torch.ones_like(p)
+    p.grad *= torch.arange(p.numel()).view(p.shape) % 2
+    p.grad -= 0.001
+
+
+def _assigned(p):
+    p.grad = p.grad.clamp_(-1e-3, 1e-3)
+
+
+def _kept_views(p):
+    first, rest = p.grad.view(-1)[:1], p.grad.view(-1)[1:]
+    p.grad.mul_(0.5)  # what would be recorded alone is seen by views
+    assert torch.equal(torch.cat([first, rest]), p.grad.flatten())
+    rest.mul_(3.0)
+    first.zero_()
+
+
+def _data(p):
+    p.grad.data = p.grad.data.clamp(-1e-3, 1e-3)
+
+
+def _read_views(p):
+    assert p.grad.view(-1)[0].isfinite() and float(p.grad.abs().max()) == p.grad.cpu().numpy().__abs__().max()
+    assert p.grad.flatten().tolist() == p.grad.clone().flatten().tolist()
+
+
+EDITS = {
+    "augmented": _augmented,
+    "assigned": _assigned,
+    "slice": lambda p: p.grad.__setitem__(slice(0, 2) if p.dim() else ..., 0.25),
+    "index": lambda p: p.grad.view(-1).__setitem__(0, 0.5),
+    "row": lambda p: p.grad[0].zero_() if p.dim() else p.grad.zero_(),
+    "transposed": lambda p: p.grad.t().mul_(2.0) if p.dim() == 2 else None,
+    "kept views": _kept_views,
+    "data": _data,
+    "read": _read_views,
+}
+
+
+@stages
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("clip", [None, "torch", "ours"])
+def test_edits_of_gradients_count(stage, edit, clip):
+    """Also those that Python assigns back to p.grad (+=), and those of views of it."""
+
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            for micro in range(2):
+                sum(loss_of(model, tokens_for(step, micro, rank)) for rank in ranks).div(len(ranks) * 2).backward()
+                if micro == 0 and edit in ("slice", "kept views"):
+                    EDITS[edit](model.norm.weight)  # between two backwards
+            for p in model.parameters():
+                EDITS[edit](p)
+            if clip == "torch" or (clip == "ours" and not isinstance(optimizer, zerolite.ZeroOptimizer)):
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            elif clip == "ours":
+                optimizer.clip_grad_norm_(0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_like_plain(stage, loop)
+
+
+@stages
+def test_copies_for_views_do_not_pile_up(stage):
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    views = optimizer._parts.grads.views
+    for p in model.parameters():
+        assert p.grad.view(-1)[0].isfinite()
+        assert len(views) <= 1
+    kept = [p.grad.view(-1) for p in model.parameters()]
+    assert len(views) == len(kept)
+    optimizer.step()
+    assert len(views) == 0
+
+
 @stages
 def test_a_clip_before_a_further_backward(stage):
     def loop(model, optimizer, ranks):

@@ -176,6 +176,25 @@ def test_hooks_can_be_removed():
     assert type(model.norm.weight.grad) is torch.Tensor
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_parameters_are_whole_when_stage_3_has_gone(world):
+    def body(comm):
+        model, optimizer = make(Run(stage=3), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        optimizer.step()
+        before = model.state_dict()
+        optimizer.remove_hooks()
+        optimizer.remove_hooks()
+        after = {name: value.clone() for name, value in model.state_dict().items()}
+        again = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3, process_group=comm)
+        loss_of(model, tokens_for(1, 0, comm.rank)).backward()
+        again.step()
+        return before, after, all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+    for before, after, trained in on_threads(world, body):
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before) and trained
+
+
 @pytest.mark.parametrize("make_model", [gpt2, llama])
 def test_a_cache_does_not_keep_blocks_whole(make_model):
     """A key cache, which training has by default, hands every block the keys of the blocks before it."""

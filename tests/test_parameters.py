@@ -170,6 +170,43 @@ def test_full_params_find_writes_that_no_version_counter_tells(stage, world, dty
             assert torch.equal(master.to(dtype), written[name]) or dtype == torch.bfloat16
 
 
+@stages
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_params_take_other_memory(stage, world):
+    """p.data = ..., and what assigns it: vector_to_parameters, model.double(), an average that is swapped in."""
+
+    def body(comm):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        count = sum(p.numel() for p in model.parameters())
+        with optimizer.full_params():
+            nn.utils.vector_to_parameters(torch.arange(count).float(), model.parameters())
+            model.double()
+        with optimizer.full_params():
+            found = nn.utils.parameters_to_vector(model.parameters()).clone()
+        states = optimizer.full_state()
+        master = torch.cat([states[name]["master"].flatten() for name, _ in model.named_parameters()])
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"norm\.weight': expected shape \(13,\), got \(2,\)"), optimizer.full_params():
+            model.norm.weight.data = torch.ones(2)
+        return found, master
+
+    for found, master in on_threads(world, body):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, torch.arange(found.numel()).bfloat16())
+        assert torch.equal(master, found.float())  # masters restart
+
+
+def test_the_warning_names_what_was_written():
+    model, optimizer = make(Run(stage=1, dtype=torch.bfloat16), LocalComm())
+    with torch.no_grad():
+        model.norm.bias.add_(1.0)
+    with pytest.warns(UserWarning, match=r"parameter 'norm\.bias' was written outside of the optimizer"):
+        optimizer.full_state()
+
+
 OPTIMIZERS = [
     (torch.optim.SGD, {"lr": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),

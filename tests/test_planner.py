@@ -53,6 +53,17 @@ def test_sizes_that_are_none(text):
         zerolite.plan(1000, device_bytes=text)
 
 
+def test_rates_are_measured_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):  # whose ops do nothing, in no time
+        found = rates.measure()
+    assert all(value > 0.01 for value in (found.fp32, found.bf16, found.int8)) and found.average < 1e4
+
+
+def test_a_limit_of_a_device_that_a_cpu_has_not_is_refused():
+    with pytest.raises(ValueError, match="device_bytes: expected device='cuda', got 'cpu'"):
+        zerolite.plan(1000, device="cpu", device_bytes="8G")
+
+
 def test_counts():
     assert [parse_count(x) for x in ("7e9", "7B", 7e9, "350M", "1.5T")] == [7 * 10**9] * 3 + [350 * 10**6, 15 * 10**11]
     assert [parse_count(x) for x in ("0.5B", ".5b", "5e+8")] == [5 * 10**8] * 3

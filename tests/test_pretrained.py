@@ -148,6 +148,25 @@ class Bare(nn.Module):
         self.register_buffer("angles", torch.arange(4.0))
 
 
+class Masked(nn.Module):
+    """Buffers of which every value is plausible."""
+
+    def __init__(self, fills=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
+        self.register_buffer("codes", torch.zeros(3, dtype=torch.uint8))
+        self.register_buffer("angles", torch.zeros(3, dtype=torch.complex64))
+        self.fills = fills
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        self.mask.copy_(torch.tensor([True, False, True]))
+        self.codes.zero_()
+        if self.fills:
+            self.angles.fill_(1j)
+
+
 class Forgetful(nn.Linear):
     def __init__(self):
         super().__init__(4, 4)
@@ -156,6 +175,18 @@ class Forgetful(nn.Linear):
 
 def build(model, **options):
     return zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, **{"stage": 3, **options})
+
+
+def test_buffers_of_every_dtype_are_woken():
+    with torch.device("meta"):
+        model = nn.Sequential(Masked())
+    build(model)
+    assert model[0].mask.tolist() == [True, False, True] and model[0].codes.tolist() == [0, 0, 0]
+    assert model[0].angles.tolist() == [1j, 1j, 1j]
+    with torch.device("meta"):
+        model = nn.Sequential(Masked(fills=False))
+    with pytest.raises(ValueError, match=r"buffer '0\.angles'"):
+        build(model)
 
 
 def test_what_cannot_be_initialised_is_named():

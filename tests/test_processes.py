@@ -37,6 +37,30 @@ def test_same_bits_over_processes_as_over_threads(env):
             assert equal(result, on_threads(3, train_on, run)[rank]), run
 
 
+def send_the_model_away(rank, way):
+    model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), None)
+    loss_of(model, tokens_for(0, 0, rank)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0 and way == "clones":
+        for value in model.state_dict().values():
+            value.clone().share_memory_()
+    elif rank == 0:
+        model.share_memory()
+    loss_of(model, tokens_for(1, 0, rank)).backward()
+    if rank == 0 and way == "itself":
+        with pytest.raises(RuntimeError, match="torch moved their memory to share it with another process"):
+            optimizer.step()
+        return
+    if way == "clones":
+        optimizer.step()
+
+
+def test_a_model_whose_memory_was_moved_to_another_process_is_noticed():
+    for way in ("itself", "clones"):
+        on_processes(2, send_the_model_away, way)
+
+
 def train_on_hosts(rank, hosts, runs):
     os.environ["ZEROLITE_HOST"] = hosts[rank]
     results = [train(None, rank, run) for run in runs]

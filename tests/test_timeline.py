@@ -345,6 +345,25 @@ def test_ranks_of_processes(stage, ranks, env, tmp_path):
         assert (kept > 0) == (not env)  # slots of shared memory stay, messages do not
 
 
+def groups_of_one(rank, folder, ranks):
+    group = [torch.distributed.new_group([r]) for r in range(2)][rank]
+    model, optimizer = make(Run(), group)
+    with zerolite.MemoryTimeline(optimizer, f"{folder}/memory", ranks=ranks) as timeline:
+        step(model, optimizer)
+    return [path.name for path in timeline.files][:1]
+
+
+def test_files_are_named_by_the_rank_in_the_run_not_in_the_optimizers_group(tmp_path):
+    assert on_processes(2, groups_of_one, str(tmp_path), "all") == [["memory-rank0.json"], ["memory-rank1.json"]]
+    assert on_processes(2, groups_of_one, str(tmp_path), "first") == [["memory.json"], []]
+
+
+def test_a_smaller_bucket_is_not_proposed_for_one_parameter():
+    one = recording({"flight": 900}, REST)
+    one.sizes |= {"largest bucket": 128, "largest parameter": 128}
+    assert not any("bucket_mb" in cure for cure in explain(one).cures)
+
+
 def test_long_names_keep_their_end():
     assert [short(name, 5) for name in ("h.1 0", "block.1 0")] == ["h.1 0", "….1 0"]
     assert "…" in drawn(20, 1.0, name="n" * 80) and "n" * 80 in drawn(20, 1.0, name="n" * 80)

@@ -19,7 +19,6 @@ and writing one raises, instead of a stale value.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from operator import attrgetter
@@ -44,7 +43,7 @@ from zerolite.layout import Layout, Piece
 from zerolite.meta import make_real
 from zerolite.placement import Plan
 from zerolite.update import Rule, State, Target
-from zerolite.writes import Pass, adopt
+from zerolite.writes import Pass, adopt, check_blanks, check_storage
 
 _version = attrgetter("_version")
 
@@ -260,6 +259,8 @@ class Bucket:
         """Waits for a gather under way and shows the parameters whole."""
         self.gather()
         if self.pending is not None:
+            if self.plan.params.sharded:
+                check_blanks(self)
             self.pending.wait()
             self.pending = None
             if self.plan.params.sharded:
@@ -270,6 +271,7 @@ class Bucket:
         if not self.plan.params.sharded or not self.whole:
             return
         self.ready()
+        check_storage(self)
         if self.home is None:
             self.keep_writes(quiet=True)
         self._show(self.blanks)
@@ -323,22 +325,17 @@ class Bucket:
         everywhere  compare all parameters, also those that autograd's version counter calls unchanged (p.data)
         before      what `mine` held, where it is a view of `full` and so cannot tell
         """
+        if self.plan.params.sharded and not self.whole:
+            check_blanks(self)
         slots = list(range(len(self.entries))) if everywhere else [] if self.home is not None else self.written()
         if self.home is not None:
             self.stale = self.stale or self.home.dirty()
             slots = list(range(len(self.entries))) if self.stale else []
             if slots and self.mine is self.shard:
                 self.mine = self.shard.clone()  # other ranks may be reading the home
-        if not slots:
-            return
-        found = adopt(self, slots, before)
-        self.note_versions()
-        if found and not quiet and self.rest.numel():
-            warnings.warn(
-                f"parameter '{self.entries[slots[0]].name}' (and {len(slots) - 1} more) was written outside of the optimizer: "
-                "its fp32 master restarts from the written value.",
-                stacklevel=2,
-            )
+        if slots:
+            adopt(self, slots, before, quiet)
+            self.note_versions()
 
     # ---- the update
 

@@ -21,8 +21,8 @@ from zerolite.comm.shared import SharedComm, share_host
 from zerolite.entry import Entry
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
+from zerolite.host import affinity, core_share, trim_heap
 from zerolite.host import identity as host_identity
-from zerolite.host import trim_heap, usable_cores
 from zerolite.kernels import set_threads
 from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
@@ -33,7 +33,7 @@ from zerolite.update import Rule
 from zerolite.updates import Updates, make_updates
 from zerolite.values import Materialise, copy_the_rest
 from zerolite.whole import WholeStateDict
-from zerolite.writes import replaced
+from zerolite.writes import check_storage
 
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
@@ -101,7 +101,13 @@ class Built:
         return with_rows(self.checked.plan, rows, setting, [name for name, _ in named])
 
     def close(self) -> None:
-        """Detaches from autograd and the model, when no update is under way."""
+        """Detaches from autograd and the model, when no update is under way. Parameters that rest sharded stay whole, and are
+        no longer anyone's (a collective)."""
+        if self.hooks.handles:
+            self.updates.settle()
+            self.grads.clear(set_to_none=True)  # handles would ask an optimizer that is gone
+            if self.schedule is not None:
+                self.schedule.hold()
         self.updates.close()
         self.hooks.remove()
 
@@ -116,11 +122,7 @@ class Built:
                 "Build ZeroOptimizer after the model is changed, or write values with p.copy_(...)."
             )
         for bucket in self.buckets:
-            for entry in replaced(bucket):
-                raise RuntimeError(
-                    f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
-                    "Do this before ZeroOptimizer is built, or write values with p.copy_(...)."
-                )
+            check_storage(bucket)
 
     def add_group(self, group: dict[str, Any], number: int) -> list[Entry]:
         """Entries for the parameters of a new param group."""
@@ -152,8 +154,9 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     except Exception as error:  # told to the other ranks, then raised
         problem, description = error, [f"{type(error).__name__}: {error}"]
     shared = comm.share((problem is not None, description), "set-up comparison")
-    hosts = comm.share(host_identity(), "set-up hosts")
-    _share_cores(hosts)
+    found = comm.share((*host_identity(), affinity()), "set-up hosts")
+    hosts = [(host, process) for host, process, _ in found]
+    _share_cores(found)
     if problem is not None:
         raise problem
     assert checked is not None
@@ -167,17 +170,17 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     return _make(checked, model, joined, here)
 
 
-def _share_cores(hosts: list[tuple[str, int]]) -> None:
+def _share_cores(found: list[tuple[str, int, frozenset[int]]]) -> None:
     """Kernel threads: this process's part of the cores, whatever OMP_NUM_THREADS says; the user's setting wins.
 
     torchrun tells of processes of this host that are in other process groups.
     """
     host, _ = host_identity()
-    here = len({process for other, process in hosts if other == host})
+    cores = {process: its for other, process, its in found if other == host}
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    here = max(here, int(told) if told.isdigit() else 1)
+    here = max(len(cores), int(told) if told.isdigit() else 1)
     if "ZEROLITE_THREADS" not in os.environ:
-        set_threads(max(usable_cores() // here, 1))
+        set_threads(core_share(here, list(cores.values())))
 
 
 def _make(checked: Checked, model: nn.Module | None, comm: Comm, here: int) -> Built:

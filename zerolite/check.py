@@ -10,6 +10,8 @@ from torch import nn
 
 from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
+from zerolite.comm.ledger import RankError
+from zerolite.dtypes import is_dense
 from zerolite.entry import Entry, Table
 from zerolite.meta import Recipes
 from zerolite.options import check_bucket_mb, check_update
@@ -61,6 +63,12 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     entries, device = _entries(optimizer, model, plan)
     if model is not None:
         Recipes(model).check(model)
+        for name, buffer in model.named_buffers() if comm.size > 1 else []:
+            if buffer.layout is not torch.strided:
+                raise NotImplementedError(
+                    f"buffer '{name}': expected a dense buffer, which rank 0 copies to all ranks, got layout {buffer.layout}. "
+                    "Keep it as a plain attribute of the module."
+                )
     limit = max(int(options["bucket_mb"] * 2**20), 1)
     if plan.params.sharded and model is not None:
         specs = find_units(model, options["units"], limit, dtype)
@@ -105,8 +113,26 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
                 "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
             )
+    _check_memory(
+        {p: names.get(p, "") for p in {**dict.fromkeys(wanted), **dict.fromkeys(model.parameters() if model else ())}}
+    )
     table = Table()
     return [table.add(names[p], p, groups.get(p)) for p in wanted], device
+
+
+def _check_memory(names: dict[nn.Parameter, str]) -> None:
+    """Raises ValueError where two parameters, of which one is trained, lie on the same memory: each would get its own."""
+    whole = [p for p in names if type(p) is nn.Parameter and not p.is_meta and p.numel() and is_dense(p)]
+    reached, last = 0, None
+    for p in sorted(whole, key=lambda p: (p.device.type, p.data_ptr())):
+        start = p.data_ptr()
+        if last is not None and last.device == p.device and start < reached and (last.requires_grad or p.requires_grad):
+            raise ValueError(
+                f"parameters '{names[last]}' and '{names[p]}' are two parameters on the same memory. Tie them by using one "
+                "parameter twice (b.weight = a.weight), or give each its own (a.weight.detach().clone())."
+            )
+        if last is None or last.device != p.device or start + p.nbytes > reached:
+            reached, last = start + p.nbytes, p
 
 
 def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Module | None, options: dict[str, Any]) -> list[str]:
@@ -129,7 +155,7 @@ def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Modul
 def compare(shared: list[tuple[bool, list[str]]], comm: Comm) -> None:
     for rank, (failed, lines) in enumerate(shared):
         if failed:
-            raise RuntimeError(f"rank {rank} could not build its ZeroOptimizer: {lines[0]}")
+            raise RankError(f"rank {rank} could not build its ZeroOptimizer: {lines[0]}")
     first = shared[0][1]
     for rank, (_, lines) in enumerate(shared):
         if lines == first:

@@ -34,3 +34,8 @@ def fills(block: Tensor, numel: int) -> bool:
 def dense_strides(p: Tensor) -> tuple[int, ...]:
     """The strides of p where it is dense without overlap (channels_last, transposed), else contiguous ones."""
     return torch.empty_like(p, device="meta").stride()
+
+
+def is_dense(p: Tensor) -> bool:
+    """Whether each element has memory of its own, without gaps."""
+    return p.layout is torch.strided and p.stride() == dense_strides(p)

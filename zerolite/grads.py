@@ -15,6 +15,7 @@ from zerolite.entry import HELD, NONE, USED, Entry
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
 from zerolite.reducer import History, Reducer, grads_of
+from zerolite.views import Views
 
 _strided = torch.strided
 _grad = attrgetter("grad")
@@ -54,6 +55,7 @@ class Grads:
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
         self._history = History()
         self.written: dict[int, Tensor] = {}  # by row, what ops have written through handles
+        self.views = Views()
 
     def make_handle(self, entry: Entry) -> None:
         """The handle of one parameter; fp16 shows fp32 (GradScaler refuses to unscale fp16 gradients)."""
@@ -65,6 +67,7 @@ class Grads:
 
     def _untouched(self) -> bool:
         """Whether every p.grad is its own handle (None where there is none)."""
+        self.views.settle()
         return all(map(is_, map(_grad, self.table.params), self.table.handles))
 
     # ---- backward
@@ -72,6 +75,7 @@ class Grads:
     def fold(self) -> None:
         """A backward begins after others: what was set to None since is dropped, and what was clipped or unscaled keeps its
         factor. (A tensor that was assigned stays: autograd adds to it.)"""
+        self.views.settle()
         if max(self.table.state) >= 0:
             with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
                 gone = list(map(is_, map(_grad, self.table.params), repeat(None)))
@@ -174,7 +178,8 @@ class Grads:
         """The rows of handles that all are their parameter's own, of gradients that nothing has replaced and no step has used
         up, on one device; None where they are not, or inside of a backward."""
         known, state = self.table.handles, self.table.state
-        if self.reducer.active or self.written or len({bucket.full.device for bucket in self.reducer.order}) > 1:
+        self.views.settle()
+        if self.reducer.active or self.written or self.views or len({bucket.full.device for bucket in self.reducer.order}) > 1:
             return None
         rows: Sequence[int] = range(len(known))
         if len(handles) != len(known) or not all(map(is_, handles, known)):
@@ -205,7 +210,7 @@ class Grads:
         """torch.nn.utils.clip_grad_norm_ with the same bits, without a call for each parameter; None: for torch to do."""
         table = self.table
         known = list(map(table.numbers.get, map(id, params)))
-        if self.reducer.active or None in known or USED in table.state or not self._untouched():
+        if self.reducer.active or None in known or USED in table.state or not self._untouched() or self.views:
             return None
         rows = [row for row in known if row is not None and table.handles[row] is not None]
         if not rows or len(set(map(_place, map(table.params.__getitem__, rows)))) != 1:
@@ -259,6 +264,7 @@ class Grads:
             self._history.dropped.add((self._history.rounds, entry.index))
         grads.discard(entry.slot)
         self.written.pop(entry.index, None)
+        self.views.drop(entry.index)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -329,6 +335,7 @@ class Grads:
         self.reducer.reset()
         self._history.clear()
         self.written.clear()
+        self.views.clear()
 
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -26,10 +27,26 @@ def _groups(controller: str) -> list[Path]:
     return list(folders | dict.fromkeys((_CGROUPS, _CGROUPS / controller)))
 
 
+def affinity() -> frozenset[int]:
+    """Numbers of the cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on: its affinity, at most the CPU quota of its cgroup, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = len(affinity())
     return max(min(cores, _quota(cores)), 1)
+
+
+def core_share(here: int, others: Sequence[frozenset[int]]) -> int:
+    """Cores for this process among `here` processes of the host, at least 1; `others` are affinities of some of them, its own
+    included. Where a launcher has bound each to cores of its own these are not divided, but a CPU quota is, which is of all."""
+    mine = affinity()
+    sharing = sum(bool(mine & cores) for cores in others)
+    if all(cores == mine for cores in others):
+        sharing = here
+    most = _quota(len(mine) * max(here, 1)) // max(here, 1)
+    return max(min(len(mine) // max(sharing, 1), most), 1)
 
 
 def _quota(cores: int) -> int:

@@ -9,7 +9,8 @@ through a few ops; anything else reads it from the bucket. Nothing here returns 
     add_           a further backward
     zero_          zeroes
     other reads    the averaged gradient, gathered: a collective, so every rank must read
-    other writes   the same, and the written tensor then replaces the gradient: in p.grad, and for what has kept the handle
+    other writes   the same, and the written tensor then replaces the gradient: in p.grad, and for what has kept the handle;
+                   also writes to views of it (views.py)
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from torch.utils import _foreach_utils
 from torch.utils import _pytree as pytree
 
 from zerolite.entry import Entry
+from zerolite.views import Views
 
 _aten = torch.ops.aten
 _each_mul, _each_norm = torch._foreach_mul_, torch._foreach_norm
 _pass = torch._C._disabled_torch_function_impl
+_set_data: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_OF_PYTHON = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__))  # which torch refuses of any subclass
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
 
 
@@ -37,6 +41,7 @@ class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
 
     written: dict[int, Tensor]  # by row, what ops have written through handles
+    views: Views
 
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
     def norm_tensors(self, handles: list[LazyGrad], order: float) -> list[Tensor] | None: ...
@@ -86,6 +91,12 @@ class LazyGrad(Tensor):
             raise RuntimeError(_GONE)
         return found
 
+    def replace(self, values: Tensor) -> None:
+        """`values` is the gradient from now on, where this is p.grad."""
+        param = self.entry.param
+        if param.grad is self:
+            param.grad = self.source.written[self.row] = values.to(param.dtype)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
         return f"LazyGrad('{self.entry.name}', shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
@@ -106,17 +117,42 @@ class LazyGrad(Tensor):
                     return None
             elif (found := handles[0].source.norm_tensors(handles, float(value))) is not None:
                 return found
-        return _pass(func, types, args, kwargs or {})
+        if args and type(args[0]) is cls:
+            if func in _OF_PYTHON:
+                return func(args[0].clone(), *args[1:], **(kwargs or {}))
+            if func == _set_data:
+                args[0].source.views.drop(args[0].row)
+                return args[0].replace(args[1])
+        result = _pass(func, types, args, kwargs or {})
+        if type(result) is cls and (known := _replaced(result)) is not None:
+            return known  # `p.grad += x` assigns what it gets to p.grad
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         special = _SPECIAL.get(func.overloadpacket)
-        if special is not None:
+        if special is not None and not _viewed(func, args, kwargs):
             result = special(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return _materialised(func, args, kwargs)
+
+
+def _viewed(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an op writes to a handle that has views: they show it, so it is not merely recorded."""
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)):
+        first = next((item for item in first if isinstance(item, LazyGrad)), None)
+    views = first.source.views if isinstance(first, LazyGrad) and first._source() is not None else None
+    if not views:
+        return False
+    views.settle()
+    written = _written(func, args, kwargs)
+    if func.overloadpacket is _aten.add_ and torch._C._current_graph_task_id() >= 0:
+        for handle in written:  # autograd accumulates
+            views.drop(handle.row)
+    return any(views.of(handle) is not None for handle in written)
 
 
 def _norm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -209,6 +245,9 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     handle, other = args[0], args[1]
     if not isinstance(handle, LazyGrad) or not torch._C._current_graph_task_id() >= 0 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
+    if (known := _replaced(handle)) is not None:  # a view of it was written to, as this backward's first gradient comes to know
+        known.add_(other)
+        return handle
     if handle.incoming is not None or handle.entry.state == torch._C._current_graph_task_id():
         raise NotImplementedError(
             f"p.grad of '{handle.entry.name}' was edited by a hook inside of backward(). Edit the gradient in p.register_hook, "
@@ -262,22 +301,32 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
             return value
         if id(value) not in read:
             _check(value)
-            replaced = _replaced(value)
-            read[id(value)] = (value, value.source.read(value.entry) if replaced is None else replaced)
+            value.source.views.settle()
+            known = _replaced(value)
+            if known is None:
+                known = value.source.views.of(value)
+            read[id(value)] = (value, value.source.read(value.entry) if known is None else known)
         return read[id(value)][1]
 
     real_args, real_kwargs = pytree.tree_map(unwrap, (args, kwargs))
+    if any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
+        for handle, values in read.values():
+            if _replaced(handle) is None:  # else views are of p.grad itself
+                handle.source.views.note(handle, values)
     result = func(*real_args, **real_kwargs)
     for handle in _written(func, args, kwargs):
+        handle.source.views.drop(handle.row)
         handle.entry.param.grad = handle.source.written[handle.row] = read[id(handle)][1].to(handle.entry.param.dtype)
     return result
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[LazyGrad]:
-    """The handles that an op writes to, by its schema (version counters do not move below autograd)."""
+    """The handles that an op writes to, by its schema (version counters do not move below autograd); a collective's does not
+    tell, and counts as writing to all that it takes."""
     values = []
+    every = func.namespace == "c10d"
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if every or (argument.alias_info is not None and argument.alias_info.is_write):
             values.append(args[position] if position < len(args) else kwargs.get(argument.name))
     return [value for value in pytree.tree_leaves(values) if isinstance(value, LazyGrad)]
 

@@ -161,7 +161,7 @@ class Recipes:
                         "zerolite.meta_init(init=function), or under meta_init(init=False) and call load_pretrained()."
                     )
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and (recipe is None or buffer.dtype == torch.bool):
+                if buffer is not None and buffer.is_meta and recipe is None:
                     raise ValueError(lost_buffer(prefix + name))
 
 

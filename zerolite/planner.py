@@ -369,5 +369,7 @@ def plan(
     """
     limits = Limits(parse_bytes(device_bytes, "device_bytes"), parse_bytes(host_bytes, "host_bytes"))
     kind = device or ("cpu" if limits.device is None else "cuda")
+    if limits.device is not None and kind == "cpu":
+        raise ValueError("device_bytes: expected device='cuda', got 'cpu', where all memory is the host's. Give host_bytes=...")
     question, _ = question_of(source, device=kind, device_bytes=limits.device, **options)
     return choose(question, stage, offload, moments, limits)

@@ -137,7 +137,12 @@ def _read(path: Path) -> tuple[Rates, dict[str, float]]:
 
 
 def measure() -> Rates:
-    """Measures what can be measured here."""
+    """Measures what can be measured here: on the CPU, whatever torch's default device is."""
+    with torch.device("cpu"):
+        return _measure()
+
+
+def _measure() -> Rates:
     sources = [torch.ones(ELEMENTS, dtype=torch.bfloat16) for _ in range(2)]
     out = torch.zeros_like(sources[0])
     before = threads()

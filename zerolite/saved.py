@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolite.build import Built
+from zerolite.comm.ledger import RankError
 from zerolite.pretrained import at_rest, built_of, named_tensors
 from zerolite.safetensors import INDEX, SINGLE, header
 from zerolite.together import together
@@ -87,7 +88,8 @@ def save_pretrained(
     told, placed = built.comm.share((told, files is not None and files.placed), "set-up save_pretrained")[0]
     if told:
         left = "the new files are in place, earlier ones could not be removed" if placed else "what was there before is"
-        raise RuntimeError(f"save_pretrained: rank 0 could not write to {folder} ({told}); {left}.") from problem
+        kind = RuntimeError if problem is not None else RankError
+        raise kind(f"save_pretrained: rank 0 could not write to {folder} ({told}); {left}.") from problem
 
 
 def _tensors(built: Built, names: dict[Tensor, str], masters: bool, read: bool) -> Iterator[tuple[Item, Tensor | None]]:

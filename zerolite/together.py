@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zerolite.comm import Comm
+from zerolite.comm.ledger import RankError
 
 
 def together(comm: Comm, what: str, problem: Exception | None, told: Any, doing: str, differ: str) -> None:
@@ -21,7 +22,7 @@ def together(comm: Comm, what: str, problem: Exception | None, told: Any, doing:
         raise problem
     for rank, (failed, _) in enumerate(shared):
         if failed:
-            raise RuntimeError(f"rank {rank} could not {doing}: {failed}")
+            raise RankError(f"rank {rank} could not {doing}: {failed}")
     for rank, (_, theirs) in enumerate(shared):
         if theirs != shared[0][1]:
             raise ValueError(differ.format(rank=rank))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zerolite.bucket import Bucket
 from zerolite.pending import mark, unmark
+from zerolite.writes import take_replaced
 
 log = logging.getLogger("zerolite")
 
@@ -184,6 +185,7 @@ class Schedule:
         self.held = False
         for unit in self.units:
             for bucket in unit.buckets:
+                take_replaced(bucket)
                 bucket.keep_writes(quiet=True, everywhere=True)
         self.release_all()
 

@@ -10,6 +10,7 @@ every owner.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -169,7 +170,8 @@ class Materialise:
         for name in asleep:
             buffer = module._buffers[name]
             assert buffer is not None
-            module._buffers[name] = torch.full_like(buffer, _nothing(buffer.dtype), device=torch.get_default_device())
+            module._buffers[name] = woken = torch.empty_like(buffer, device=torch.get_default_device())
+            _plain(woken).fill_(_nothing(woken.dtype))
         if asleep:
             self._woken[module] = asleep
         return asleep
@@ -179,13 +181,21 @@ class Materialise:
             buffer = module._buffers[name]
             assert buffer is not None
             nothing = _nothing(buffer.dtype)
-            if bool((buffer.isnan() if buffer.is_floating_point() else buffer == nothing).any()):
+            if bool((buffer.isnan() if isinstance(nothing, float) else _plain(buffer) == nothing).any()):
                 path = next(path for path, m in self.model.named_modules() if m is module)
                 raise ValueError(lost_buffer(f"{path}.{name}".lstrip(".")))
 
 
 def _nothing(dtype: torch.dtype) -> float | int:
-    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
+    """What a recipe hardly leaves behind; of bools a byte that is neither."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 2 if dtype == torch.bool else torch.iinfo(dtype).min or torch.iinfo(dtype).max
+
+
+def _plain(buffer: Tensor) -> Tensor:
+    """The same memory, of bools as bytes."""
+    return buffer.view(torch.uint8) if buffer.dtype == torch.bool else buffer
 
 
 def nans(count: int) -> Tensor:
@@ -202,14 +212,22 @@ def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn
     covered = {entry.param for entry in entries if entry.bucket is not None}
     named = {p: name for name, p in model.named_parameters()} if model is not None else {}
     named |= {entry.param: entry.name for entry in entries}
+    rounded: list[str] = []
     for p, name in named.items():
         if p in covered or not p.numel():
             continue
         _copy_from_rank_0(p.data, f"set-up parameter {name}", comm)
         if dtype is not None and p.dtype == torch.float32:
+            rounded += [name] if p.requires_grad else []
             p.data = p.data.to(dtype)
+    if rounded:
+        warnings.warn(
+            f"zerolite: parameter '{rounded[0]}' ({len(rounded)} in all) requires a gradient and is not in this optimizer: it "
+            f"was rounded to {dtype}. Another ZeroOptimizer that trains it begins from that value; freeze it if none does.",
+            stacklevel=2,
+        )
     for name, buffer in model.named_buffers() if model is not None else []:
-        if buffer.numel():
+        if buffer.numel() and buffer.layout is torch.strided:  # sparse ones: one rank alone, see check()
             _copy_from_rank_0(buffer, f"set-up buffer {name}", comm)
 
 

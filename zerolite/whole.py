@@ -15,6 +15,7 @@ from torch import nn
 from zerolite.bucket import Bucket, Entry
 from zerolite.hooks import Hooks
 from zerolite.unit import Schedule, Unit
+from zerolite.writes import take_replaced
 
 
 @contextmanager
@@ -40,6 +41,8 @@ def kept_writes(buckets: list[Bucket]) -> Iterator[None]:
     try:
         yield
     finally:
+        for bucket in buckets:
+            take_replaced(bucket)
         for bucket, old in zip(watched, before, strict=True):
             bucket.keep_writes(quiet=True, everywhere=True, before=old)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -41,15 +43,16 @@ class Pass:
         self.work(self.bucket.mine, self.bucket.rest, self.sources, self.mean)
 
 
-def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
-    """Takes what was written to the parameters in `slots` into `mine` and the master; whether anything was new.
+def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None, quiet: bool) -> None:
+    """Takes what was written to the parameters in `slots` into `mine` and the master.
 
     before  what `mine` held, where it is a view of `full` and so cannot tell; without it all of a written parameter is new
+    quiet   no warning that masters restart
     """
     # is `mine` no view of `full`?
     apart = bucket.plan.params.sharded or bucket.home is not None or bucket.mine is not bucket.own
     start = bucket.span[0]
-    found = not apart
+    found: list[str] = []
     for piece in bucket.pieces:
         if piece.slot not in slots:
             continue
@@ -64,11 +67,17 @@ def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None) -> bool:
             bucket.mine[part] = new
             if bucket.apart and bucket.own is not bucket.mine:  # the device's shard, which the next gather takes
                 bucket.own[part] = new
-            found = found or bool(changed.any())
+        if not quiet and bucket.rest.numel() and bool(changed.any()):
+            found.append(bucket.entries[piece.slot].name)
         if bucket.rest.numel():
             fresh = torch.zeros_like(bucket.rest[part]) if bucket.rest.dtype == torch.int16 else new.float()
             bucket.rest[part] = torch.where(changed, fresh, bucket.rest[part])
-    return found
+    if found:
+        more = f" and {len(found) - 1} more were" if len(found) > 1 else " was"
+        warnings.warn(
+            f"parameter '{found[0]}'{more} written outside of the optimizer: the fp32 master restarts from the written value.",
+            stacklevel=3,
+        )
 
 
 def replaced(bucket: Bucket) -> list[Entry]:
@@ -84,6 +93,51 @@ def replaced(bucket: Bucket) -> list[Entry]:
         return []
     pairs = zip(bucket.entries, places, strict=True)
     return [entry for entry, place in pairs if entry.param.data_ptr() != place or entry.param.dtype is not dtype]
+
+
+def check_storage(bucket: Bucket) -> None:
+    """Raises RuntimeError where a parameter no longer uses the memory that is updated."""
+    if bucket.home is not None and bucket.full.data_ptr() != bucket.home.place:
+        raise RuntimeError(
+            f"parameters of bucket '{bucket.name}': torch moved their memory to share it with another process "
+            "(model.share_memory(), a model or its state dict sent through torch.multiprocessing). Send clones: "
+            "{name: value.clone() for name, value in model.state_dict().items()}."
+        )
+    for entry in replaced(bucket):
+        raise RuntimeError(
+            f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
+            "Do this before ZeroOptimizer is built, or write values with p.copy_(...), or inside full_params()."
+        )
+
+
+def check_blanks(bucket: Bucket) -> None:
+    """Raises RuntimeError where someone wrote to a parameter while it was released, or gave it other memory: the value would be
+    lost. (Of more than one element a write raises by itself: all of them are one NaN.)"""
+    check_storage(bucket)
+    for slot, (entry, blank) in enumerate(zip(bucket.entries, bucket.blanks, strict=True)):
+        if blank.numel() != 1:
+            continue
+        held = blank.device.type != "cpu" or math.isnan(blank.item())  # a device would have to be waited for
+        if held and entry.param._version == bucket.versions[slot]:
+            continue
+        blank.fill_(math.nan)
+        bucket.note_versions()
+        raise RuntimeError(
+            f"parameter '{entry.name}': written while it is released, where it holds no value (stage 3). Write it inside "
+            "`with optimizer.full_params():`, on every rank."
+        )
+
+
+def take_replaced(bucket: Bucket) -> None:
+    """Takes the values of parameters that were given other memory (p.data = ...) where that is allowed, in full_params()."""
+    for entry in replaced(bucket) if bucket.pending is None else []:
+        view, new = bucket.views[entry.slot], entry.param.data
+        if new.shape != view.shape:
+            raise RuntimeError(
+                f"parameter '{entry.name}': expected shape {tuple(view.shape)}, got {tuple(new.shape)} assigned to p.data."
+            )
+        view.copy_(new)
+        entry.param.data = view
 
 
 def targets(bucket: Bucket, present: list[Entry]) -> list[Target]:

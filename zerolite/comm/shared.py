@@ -45,6 +45,7 @@ class Home:
 
     shared: Tensor  # 1D, numel
     private: Tensor  # 1D, numel
+    place: int  # where `private` begins; torch moves a tensor's memory elsewhere to send it to another process
 
     def __init__(self, comm: SharedComm, numel: int, dtype: torch.dtype) -> None:
         size = numel * dtype.itemsize
@@ -54,6 +55,7 @@ class Home:
         assert self.segment.private is not None
         self.shared = self.segment.shared[:size].view(dtype)
         self.private = self.segment.private[:size].view(dtype)
+        self.place = self.private.data_ptr()
         self.updated = Flags(comm, self.segment.shared[tail : tail + Flags.nbytes(comm.places)])
         self.updates = 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from zerolite.hooks import Hooks
 from zerolite.memory import FINE, KEPT, fine_plan, live_by_bucket, process_memory
@@ -98,13 +99,14 @@ class MemoryTimeline:
         assert self._optimizer is not None
         comm = self._optimizer._parts.comm
         comm.ledger.listener = None
+        rank = dist.get_rank() if dist.is_initialized() else comm.rank  # in the run, not in the optimizer's group
         self._hooks.remove()
         self._note("stop", "" if kind is None else kind.__name__)
         self._optimizer = None
-        if self.ranks == "first" and comm.rank != 0:
+        if self.ranks == "first" and rank != 0:
             return
         try:
-            self._write(f"-rank{comm.rank}" if self.ranks == "all" else "")
+            self._write(f"-rank{rank}" if self.ranks == "all" else "")
         except OSError as problem:
             if kind is None:
                 raise

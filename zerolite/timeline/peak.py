@@ -84,7 +84,7 @@ def _cures(recording: Recording, terms: dict[str, int]) -> list[tuple[float, str
             found.append((held * others, f"{option} cuts {term} over the ranks: about {amount(held * others)} less."))
     moving = terms["flight"] + terms["kept"]
     below = min(options["bucket_mb"], sizes["largest bucket"] / 2**20)  # what cuts a bucket
-    if sizes["buckets"] > 1 or sizes["largest bucket"] > sizes["largest parameter"]:
+    if sizes["largest bucket"] > 1.01 * sizes["largest parameter"]:  # else it is one parameter and padding, which is never cut
         found.append(
             (
                 moving / 2,
