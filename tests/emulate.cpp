@@ -111,6 +111,9 @@ void allow(const void* from, int64_t bytes) {
 }
 void forget() { ranges.clear(); }
 
+// Mistakes are compiled one by one, each with the half that it is in.
+#ifndef ONLY_MOMENTS
+
 int adam(void* param, void* rest, float* m, float* v, int dtype, const void** sources, int count, int source_dtype,
          float mean, const int64_t* spans, int64_t n, const float* rows) {
   return guarded([&] {
@@ -121,23 +124,6 @@ int adam(void* param, void* rest, float* m, float* v, int dtype, const void** so
       with_dtype(t.dtype, [&](auto p) {
         with_dtype(s.dtype, [&](auto g) {
           grid(tiles, [&](int64_t tile, int thread) { adam_tile<decltype(p), decltype(g)>(task, tile, thread); });
-        });
-      });
-    });
-  });
-}
-
-int moments(void* param, void* rest, void* m, void* v, uint8_t* scales, int dtype, int bytes, const void** sources,
-            int count, int source_dtype, float mean, const int64_t* spans, int64_t n, const float* rows) {
-  return guarded([&] {
-    const MomentTensors t{param, rest, m, v, scales, static_cast<Dtype>(dtype), bytes == 1};
-    const Sources s{sources, count, static_cast<Dtype>(source_dtype), mean};
-    const auto* more = count > kMaxSources ? sources : nullptr;
-    run_moments(t, s, more, spans, n, rows, [&](const MomentTask& task, int64_t tiles) {
-      with_dtype(t.dtype, [&](auto p) {
-        with_dtype(s.dtype, [&](auto g) {
-          if (t.bytes) return moment_blocks<decltype(p), decltype(g), uint8_t>(task, tiles);
-          moment_blocks<decltype(p), decltype(g), uint16_t>(task, tiles);
         });
       });
     });
@@ -194,5 +180,26 @@ int pack(char* out, int dtype, const void** from, const int64_t* starts, const i
     });
   });
 }
+
+#endif  // ONLY_MOMENTS
+
+#ifndef ONLY_LANES
+int moments(void* param, void* rest, void* m, void* v, uint8_t* scales, int dtype, int bytes, const void** sources,
+            int count, int source_dtype, float mean, const int64_t* spans, int64_t n, const float* rows) {
+  return guarded([&] {
+    const MomentTensors t{param, rest, m, v, scales, static_cast<Dtype>(dtype), bytes == 1};
+    const Sources s{sources, count, static_cast<Dtype>(source_dtype), mean};
+    const auto* more = count > kMaxSources ? sources : nullptr;
+    run_moments(t, s, more, spans, n, rows, [&](const MomentTask& task, int64_t tiles) {
+      with_dtype(t.dtype, [&](auto p) {
+        with_dtype(s.dtype, [&](auto g) {
+          if (t.bytes) return moment_blocks<decltype(p), decltype(g), uint8_t>(task, tiles);
+          moment_blocks<decltype(p), decltype(g), uint16_t>(task, tiles);
+        });
+      });
+    });
+  });
+}
+#endif  // ONLY_LANES
 
 }  // extern "C"

@@ -172,6 +172,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake, tmp_path):
     """The tests above would notice: each of these mistakes breaks some of them."""
-    broken = Moments(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path)
+    broken = Moments(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path, "MOMENTS")
     with pytest.raises((OutOfBounds, AssertionError)):
         battery(broken)
