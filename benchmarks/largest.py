@@ -145,7 +145,7 @@ def main() -> None:
         print(f"left out: {name}: {why}")
     rows = search([name for name in names if name != ALONE], args, limit)
     rows += [left_out(name, args.ranks, why, "skipped") for name, why in missing.items()]
-    name = f"largest-{args.ranks}" + "-checkpoint" * args.checkpoint
+    name = f"largest-{args.ranks}-{limit / 1e9:g}GB" + "-checkpoint" * args.checkpoint
     print(f"stored in {shown(store(name, rows))}")
 
 
