@@ -101,6 +101,7 @@ def measure(block: Block, names: list[str], device: str, progress: Progress) -> 
                 failed[name] = result
                 found.pop(name)
                 if name == ALONE:  # without it there is no overhead to tell
+                    progress.skip((block.rounds + 1) * len(names) - 1)
                     return {}, dict.fromkeys(names, f"model alone failed: {result}")
             else:
                 found[name].append(result)
@@ -111,7 +112,10 @@ def run_block(block: Block, device: str, progress: Progress) -> Path:
     """Measures one block and stores its rows; what was left out is a row as well."""
     names, missing = choose(block.systems, block.world, device == "cuda", block.core)
     found, failed = measure(block, names, device, progress)
-    shape = KNOWN[block.model]
+    shape, path = KNOWN[block.model], harness.RESULTS / f"{block.name}.jsonl"
+    if ALONE in failed and path.exists():
+        progress.say(f"{block.model} x{block.world}: what was measured before stays")
+        return path
     rows = [summary(name, shape, block.world, runs, found.get(ALONE, [])) for name, runs in found.items()]
     rows += [left_out(name, block.world, why, "skipped") for name, why in missing.items()]
     rows += [left_out(name, block.world, why, "failed") for name, why in failed.items()]

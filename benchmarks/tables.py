@@ -126,6 +126,9 @@ def step(blocks: list[list[Row]], passes: list[Row], update: list[Row]) -> str:
     for rows in blocks:
         measured = [row for row in rows if row["benchmark"] == "step"]
         if not measured:
+            parts.append(
+                f"### {rows[0].get('model', '')}, {rows[0]['ranks']} ranks\n{left_out(rows)}" if left_out(rows) else ""
+            )
             continue
         peers = [best(measured, "overhead", peer) for peer in ("DDP", "DeepSpeed")]
         odd = disturbed(measured)

@@ -235,6 +235,9 @@ def _replace(p, value):
 RELEASED = {
     "one element": (lambda model: model.scale.detach().clamp_(0, 4), "parameter 'scale': written while it is released"),
     "shape (1,)": (lambda model: model.blocks[1].bias.detach().zero_(), "parameter 'blocks.1.bias': written while"),
+    "a fill": (lambda model: model.blocks[0].bias.detach().zero_(), "parameter 'blocks.0.bias': written while"),
+    "an element": (lambda model: model.blocks[0].weight.detach().__setitem__((0, 1), 0.0), "'blocks.0.weight': written while"),
+    "a fill of data": (lambda model: model.blocks[0].weight.data.fill_(1.0), "'blocks.0.weight': written while"),
     "its data": (lambda model: model.scale.data.fill_(2.0), "parameter 'scale': written while it is released"),
     "other data": (lambda model: _replace(model.blocks[0].weight, 2.0), "'blocks.0.weight': its storage was replaced"),
     "a vector": (

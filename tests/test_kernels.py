@@ -500,6 +500,7 @@ def test_cores_follow_the_cgroup(tmp_path, monkeypatch, text, cores):
         (range(8), [range(8), range(4, 12), range(12, 16)], 3, "max 1", 4),
         (range(8), [range(8), range(8, 16)], 2, "600000 100000", 3),  # a quota is of all
         (range(2), [range(2)] * 4, 4, "max 1", 1),
+        (range(32), [range(32), range(32, 64)], 8, "max 1", 8),  # four of eight on each socket, in groups of two
     ],
 )
 def test_bound_ranks_do_not_divide_their_cores(tmp_path, monkeypatch, mine, others, here, quota, expected):

@@ -560,6 +560,16 @@ def _kept_views(p):
 
 def _data(p):
     p.grad.data = p.grad.data.clamp(-1e-3, 1e-3)
+    p.grad.data *= 0.5
+    p.grad.data.mul_(2.0)
+
+
+def _scaled_data(p):
+    for _ in range(2):
+        p.grad.data *= 0.5
+    view = p.grad.view(-1)
+    assert p.grad.data.norm() > 0
+    view[0] = 0.25
 
 
 def _read_views(p):
@@ -576,6 +586,7 @@ EDITS = {
     "transposed": lambda p: p.grad.t().mul_(2.0) if p.dim() == 2 else None,
     "kept views": _kept_views,
     "data": _data,
+    "scaled data": _scaled_data,
     "read": _read_views,
 }
 
@@ -602,6 +613,74 @@ def test_edits_of_gradients_count(stage, edit, clip):
             optimizer.zero_grad()
 
     assert_like_plain(stage, loop)
+
+
+@stages
+def test_a_view_that_one_rank_keeps_changes_nothing(stage):
+    """All ranks read; one keeps a view, as a logger does. Clipping is recorded on all, and the view shows it."""
+
+    def body(comm):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), comm)
+        kept = []
+        for step in range(3):
+            loss_of(model, tokens_for(step, 0, comm.rank)).backward()
+            view = model.norm.weight.grad.view(-1)
+            before = view.clone()
+            kept += [view] if comm.rank == 0 else []
+            del view
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            assert isinstance(model.norm.weight.grad, LazyGrad)
+            assert comm.rank or (kept[-1].norm() < 0.1 * before.norm() and kept[-1].norm() > 0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+        return model.state_dict()
+
+    def plain(comm):
+        model, optimizer = make(Run(stage=stage, dtype=torch.bfloat16), comm)
+        for step in range(3):
+            loss_of(model, tokens_for(step, 0, comm.rank)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.state_dict()
+
+    assert equal(on_threads(2, body), on_threads(2, plain))
+
+
+def test_an_edit_counts_where_two_optimizers_are_clipped_at_once():
+    pair = [make(Run(stage=2), LocalComm(), seeded(Net)) for _ in range(2)]
+    for model, _ in pair:
+        loss_of(model, tokens_for(0, 0, 0)).backward()
+    pair[1][0].embed.weight.grad[:9] = 100.0
+    total = nn.utils.clip_grad_norm_([p for model, _ in pair for p in model.parameters()], 1e-3)
+    assert total > 1000.0
+    assert pair[1][0].embed.weight.grad.norm() < 1.1e-3
+
+
+@pytest.mark.parametrize("edits", [1, 2])
+def test_edits_of_fp16_gradients_under_a_scaler(edits):
+    model, optimizer = make(Run(stage=2, dtype=torch.float16), LocalComm())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model, tokens_for(0, 0, 0))).backward()
+    before = model.norm.weight.detach().clone()
+    for p in [model.norm.weight, model.norm.bias][:edits]:
+        view = p.grad.view(-1)
+        view[0] = 0.0
+        assert p.grad.norm() > 0
+        view[1] = 0.0
+        p.grad += 0.0
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert optimizer.skipped_steps == 0 and not torch.equal(before, model.norm.weight)
+    assert torch.equal(before[:2], model.norm.weight[:2])  # but for a decay of 1e-4, below fp16's steps
+
+
+def test_arrays_of_gradients_are_copies_and_say_so():
+    model, _ = make(Run(), LocalComm())
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    with pytest.raises(ValueError, match="read-only"):
+        model.norm.weight.grad.numpy()[0] = 1.0
 
 
 @stages

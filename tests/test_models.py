@@ -183,6 +183,8 @@ def test_parameters_are_whole_when_stage_3_has_gone(world):
         loss_of(model, tokens_for(0, 0, comm.rank)).backward()
         optimizer.step()
         before = model.state_dict()
+        with pytest.raises(RuntimeError, match=r"remove_hooks\(\): expected outside"), optimizer.full_params():
+            optimizer.remove_hooks()
         optimizer.remove_hooks()
         optimizer.remove_hooks()
         after = {name: value.clone() for name, value in model.state_dict().items()}

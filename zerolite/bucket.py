@@ -14,7 +14,7 @@ a script writes to parameters stays in its own process, moves to a detached `min
 home in the step.
 
 Released parameters keep their shape, dtype and device, over a single NaN: reading one by mistake gives NaN
-and writing one raises, instead of a stale value.
+and writing one raises, at once or when it is needed next, instead of a stale value.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Bucket:
     grads: Gradients | None
     feed: Feed | None  # brings averages that rest on the device to states on the host; None: they rest together
     views: list[Tensor]  # parameter-shaped views of `full`
-    blanks: list[Tensor]  # parameter-shaped NaN, shown while released
+    nothing: Tensor  # 1D: a NaN for each parameter
+    blanks: list[Tensor]  # parameter-shaped views of `nothing`, shown while released
     blank_places: list[int]  # their addresses
     places: tuple[int, list[int]]  # where `full` began when it was last asked for, and the addresses of `views` then
     pending: Pending | None  # a gather or publish into `full` under way
@@ -159,7 +160,8 @@ class Bucket:
         elif source != dtype and trained:
             self.rest = self.room.zeros(self.mine.numel(), rest_dtype(dtype))
         self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
-        self.blanks = [torch.full((), float("nan"), dtype=dtype, device=device).expand(v.shape) for v in self.views]
+        self.nothing = torch.full((len(self.views),), float("nan"), dtype=dtype, device=device)
+        self.blanks = [nan.expand(view.shape) for nan, view in zip(self.nothing.unbind(), self.views, strict=True)]
         self.blank_places = [blank.data_ptr() for blank in self.blanks]
         for entry, view in zip(self.entries, self.views, strict=True):
             if entry.param.is_meta:

@@ -103,6 +103,8 @@ class Built:
     def close(self) -> None:
         """Detaches from autograd and the model, when no update is under way. Parameters that rest sharded stay whole, and are
         no longer anyone's (a collective)."""
+        if self.inside:
+            raise RuntimeError("remove_hooks(): expected outside of `with optimizer.full_params()`, got inside.")
         if self.hooks.handles:
             self.updates.settle()
             self.grads.clear(set_to_none=True)  # handles would ask an optimizer that is gone

@@ -43,8 +43,7 @@ def core_share(here: int, others: Sequence[frozenset[int]]) -> int:
     included. Where a launcher has bound each to cores of its own these are not divided, but a CPU quota is, which is of all."""
     mine = affinity()
     sharing = sum(bool(mine & cores) for cores in others)
-    if all(cores == mine for cores in others):
-        sharing = here
+    sharing = -(-here * sharing // max(len(others), 1))  # of all processes as large a part as of those that are known
     most = _quota(len(mine) * max(here, 1)) // max(here, 1)
     return max(min(len(mine) // max(sharing, 1), most), 1)
 

@@ -16,6 +16,7 @@ through a few ops; anything else reads it from the bucket. Nothing here returns 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from itertools import compress
@@ -32,6 +33,7 @@ from zerolite.views import Views
 _aten = torch.ops.aten
 _each_mul, _each_norm = torch._foreach_mul_, torch._foreach_norm
 _pass = torch._C._disabled_torch_function_impl
+_get_data: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 _set_data: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _OF_PYTHON = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__))  # which torch refuses of any subclass
 _GONE = "p.grad: its ZeroOptimizer is gone, and the gradient with it. Keep the optimizer, or p.grad.clone()."
@@ -94,8 +96,8 @@ class LazyGrad(Tensor):
     def replace(self, values: Tensor) -> None:
         """`values` is the gradient from now on, where this is p.grad."""
         param = self.entry.param
-        if param.grad is self:
-            param.grad = self.source.written[self.row] = values.to(param.dtype)
+        if param.grad is self and values is not self:
+            param.grad = self.source.written[self.row] = values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
@@ -118,12 +120,21 @@ class LazyGrad(Tensor):
             elif (found := handles[0].source.norm_tensors(handles, float(value))) is not None:
                 return found
         if args and type(args[0]) is cls:
+            handle = args[0]
             if func in _OF_PYTHON:
-                return func(args[0].clone(), *args[1:], **(kwargs or {}))
+                return _read_only(func(handle.clone(), *args[1:], **(kwargs or {})))
+            if func == _get_data:  # torch's own would part the handle from its views
+                known = _replaced(handle)
+                return handle if known is None else known.data
             if func == _set_data:
-                args[0].source.views.drop(args[0].row)
-                return args[0].replace(args[1])
+                if args[1] is not handle:
+                    handle.source.views.drop(handle.row)
+                    handle.replace(args[1])
+                return None
         result = _pass(func, types, args, kwargs or {})
+        while _done.followed:
+            handle = _done.followed.pop()
+            handle.source.views.keep(handle)
         if type(result) is cls and (known := _replaced(result)) is not None:
             return known  # `p.grad += x` assigns what it gets to p.grad
         return result
@@ -132,27 +143,57 @@ class LazyGrad(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         special = _SPECIAL.get(func.overloadpacket)
-        if special is not None and not _viewed(func, args, kwargs):
+        if special is not None:
+            _follow(func, args, kwargs)
             result = special(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return _materialised(func, args, kwargs)
 
 
-def _viewed(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an op writes to a handle that has views: they show it, so it is not merely recorded."""
+class _Done(threading.local):
+    """Handles whose version counter moves with the op that this thread is in, though nothing was written to their views."""
+
+    def __init__(self) -> None:
+        self.followed: list[LazyGrad] = []
+
+
+_done = _Done()
+
+
+def _follow(func: Any, args: Any, kwargs: Any) -> None:
+    """What is merely recorded for handles is done to the copies that their views are of."""
     first = args[0] if args else None
-    if isinstance(first, (list, tuple)):
-        first = next((item for item in first if isinstance(item, LazyGrad)), None)
-    views = first.source.views if isinstance(first, LazyGrad) and first._source() is not None else None
-    if not views:
-        return False
-    views.settle()
-    written = _written(func, args, kwargs)
-    if func.overloadpacket is _aten.add_ and torch._C._current_graph_task_id() >= 0:
-        for handle in written:  # autograd accumulates
-            views.drop(handle.row)
-    return any(views.of(handle) is not None for handle in written)
+    given = [item for item in first if isinstance(item, LazyGrad)] if isinstance(first, (list, tuple)) else [first]
+    sources = {id(found): found for item in given if isinstance(item, LazyGrad) and (found := item._source()) and found.views}
+    for source in sources.values():
+        source.views.settle()
+    if not any(source.views for source in sources.values()):
+        return
+    packet, by = func.overloadpacket, args[1] if len(args) > 1 else None
+    for number, handle in enumerate(first if isinstance(first, (list, tuple)) else [first]):
+        copy = handle.source.views.of(handle) if isinstance(handle, LazyGrad) else None
+        if copy is None:
+            continue
+        if packet is _aten.add_ and torch._C._current_graph_task_id() >= 0:
+            handle.source.views.drop(handle.row)  # autograd accumulates: views are of the gradient before
+        elif packet in (_aten.zero_, _aten._foreach_zero_):
+            copy.zero_()
+        elif packet is _aten._amp_foreach_non_finite_check_and_unscale_:
+            copy.mul_(args[2])
+        elif packet in (_aten.mul_, _aten._foreach_mul_, _aten.div_, _aten._foreach_div_):
+            factor = by[number] if isinstance(by, (list, tuple)) else by
+            getattr(copy, "div_" if "div" in packet.__name__ else "mul_")(factor)
+        else:
+            continue
+        _done.followed.append(handle)
+
+
+def _read_only(value: Any) -> Any:
+    """An array that is a copy says so."""
+    if hasattr(value, "flags"):
+        value.flags.writeable = False
+    return value
 
 
 def _norm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -316,7 +357,7 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*real_args, **real_kwargs)
     for handle in _written(func, args, kwargs):
         handle.source.views.drop(handle.row)
-        handle.entry.param.grad = handle.source.written[handle.row] = read[id(handle)][1].to(handle.entry.param.dtype)
+        handle.entry.param.grad = handle.source.written[handle.row] = read[id(handle)][1]
     return result
 
 

@@ -59,6 +59,8 @@ def save_pretrained(
         if file_bytes < 1:
             raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
         at_rest(built, "save_pretrained")
+        for bucket in built.buckets:
+            bucket.keep_writes(quiet=True)  # which raises where a released parameter was written to
     except Exception as error:
         problem = error
     together(built.comm, "set-up save_pretrained", problem, masters, "begin save_pretrained", _DIFFER)

@@ -62,6 +62,12 @@ class Views:
             elif _holders(seen.values) == seen.holders:
                 del self._seen[row]
 
+    def keep(self, handle: Viewable) -> None:
+        """What was just done to the handle was done to the copy as well: nothing was written to a view."""
+        seen = self._seen.get(handle.row)
+        if seen is not None and seen.handle is handle:
+            self._seen[handle.row] = seen._replace(version=handle._version)
+
     def drop(self, row: int) -> None:
         """Views of this gradient are of an earlier one."""
         self._seen.pop(row, None)

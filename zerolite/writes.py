@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zerolite.feed import Feed
 
 _dtype = attrgetter("dtype")
+_version = attrgetter("_version")
 
 
 @dataclass
@@ -112,18 +113,20 @@ def check_storage(bucket: Bucket) -> None:
 
 def check_blanks(bucket: Bucket) -> None:
     """Raises RuntimeError where someone wrote to a parameter while it was released, or gave it other memory: the value would be
-    lost. (Of more than one element a write raises by itself: all of them are one NaN.)"""
+    lost. (Torch refuses some writes to what is one NaN in all elements, but not a fill, nor any write to a single element.)"""
     check_storage(bucket)
-    for slot, (entry, blank) in enumerate(zip(bucket.entries, bucket.blanks, strict=True)):
-        if blank.numel() != 1:
-            continue
-        held = blank.device.type != "cpu" or math.isnan(blank.item())  # a device would have to be waited for
-        if held and entry.param._version == bucket.versions[slot]:
-            continue
-        blank.fill_(math.nan)
-        bucket.note_versions()
+    now, known = list(map(_version, bucket.params)), bucket.versions
+    held = bucket.nothing.device.type != "cpu" or bool(bucket.nothing.isnan().all())  # a device would have to be waited for
+    if held and now == known:
+        return
+    wrong = [a != b for a, b in zip(now, known, strict=True)] if held else bucket.nothing.isnan().logical_not_().tolist()
+    names = [entry.name for entry, written in zip(bucket.entries, wrong, strict=True) if written and entry.param.numel()]
+    bucket.nothing.fill_(math.nan)
+    bucket.note_versions()
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise RuntimeError(
-            f"parameter '{entry.name}': written while it is released, where it holds no value (stage 3). Write it inside "
+            f"parameter '{names[0]}'{more}: written while it is released, where it holds no value (stage 3). Write it inside "
             "`with optimizer.full_params():`, on every rank."
         )
 
