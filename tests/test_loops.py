@@ -554,6 +554,9 @@ def _kept_views(p):
     first, rest = p.grad.view(-1)[:1], p.grad.view(-1)[1:]
     p.grad.mul_(0.5)  # what would be recorded alone is seen by views
     assert torch.equal(torch.cat([first, rest]), p.grad.flatten())
+    kept = torch.cat([first, rest])
+    p.grad.mul_(torch.full_like(p.grad, 0.5))  # as is what is not recorded
+    assert torch.equal(torch.cat([first, rest]), p.grad.flatten()) and torch.equal(torch.cat([first, rest]), 0.5 * kept)
     rest.mul_(3.0)
     first.zero_()
 

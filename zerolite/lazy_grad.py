@@ -16,7 +16,6 @@ through a few ops; anything else reads it from the bucket. Nothing here returns 
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable
 from itertools import compress
@@ -28,7 +27,7 @@ from torch.utils import _foreach_utils
 from torch.utils import _pytree as pytree
 
 from zerolite.entry import Entry
-from zerolite.views import Views
+from zerolite.views import Views, followed
 
 _aten = torch.ops.aten
 _each_mul, _each_norm = torch._foreach_mul_, torch._foreach_norm
@@ -132,8 +131,8 @@ class LazyGrad(Tensor):
                     handle.replace(args[1])
                 return None
         result = _pass(func, types, args, kwargs or {})
-        while _done.followed:
-            handle = _done.followed.pop()
+        while followed.handles:
+            handle = followed.handles.pop()
             handle.source.views.keep(handle)
         if type(result) is cls and (known := _replaced(result)) is not None:
             return known  # `p.grad += x` assigns what it gets to p.grad
@@ -144,32 +143,28 @@ class LazyGrad(Tensor):
         kwargs = kwargs or {}
         special = _SPECIAL.get(func.overloadpacket)
         if special is not None:
-            _follow(func, args, kwargs)
+            viewed = _viewed(args)
             result = special(func, args, kwargs)
             if result is not NotImplemented:
+                if viewed:
+                    _follow(func, args)
                 return result
         return _materialised(func, args, kwargs)
 
 
-class _Done(threading.local):
-    """Handles whose version counter moves with the op that this thread is in, though nothing was written to their views."""
-
-    def __init__(self) -> None:
-        self.followed: list[LazyGrad] = []
-
-
-_done = _Done()
-
-
-def _follow(func: Any, args: Any, kwargs: Any) -> None:
-    """What is merely recorded for handles is done to the copies that their views are of."""
+def _viewed(args: Any) -> bool:
+    """Whether views of handles in an op's first argument may be in use; what was written to them counts from now on."""
     first = args[0] if args else None
-    given = [item for item in first if isinstance(item, LazyGrad)] if isinstance(first, (list, tuple)) else [first]
+    given = first if isinstance(first, (list, tuple)) else [first]
     sources = {id(found): found for item in given if isinstance(item, LazyGrad) and (found := item._source()) and found.views}
     for source in sources.values():
         source.views.settle()
-    if not any(source.views for source in sources.values()):
-        return
+    return any(source.views for source in sources.values())
+
+
+def _follow(func: Any, args: Any) -> None:
+    """What was recorded for handles is done to the copies that their views are of."""
+    first = args[0]
     packet, by = func.overloadpacket, args[1] if len(args) > 1 else None
     for number, handle in enumerate(first if isinstance(first, (list, tuple)) else [first]):
         copy = handle.source.views.of(handle) if isinstance(handle, LazyGrad) else None
@@ -186,7 +181,7 @@ def _follow(func: Any, args: Any, kwargs: Any) -> None:
             getattr(copy, "div_" if "div" in packet.__name__ else "mul_")(factor)
         else:
             continue
-        _done.followed.append(handle)
+        followed.handles.append(handle)
 
 
 def _read_only(value: Any) -> Any:

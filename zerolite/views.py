@@ -8,7 +8,8 @@ let go then.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import threading
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +75,16 @@ class Views:
 
     def clear(self) -> None:
         self._seen.clear()
+
+
+class _Followed(threading.local):
+    """Handles whose version counter moves with the op that this thread is in, though nothing was written to their views."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+
+
+followed = _Followed()
 
 
 def _holders(values: Tensor) -> float:
