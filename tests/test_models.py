@@ -176,6 +176,67 @@ def test_hooks_can_be_removed():
     assert type(model.norm.weight.grad) is torch.Tensor
 
 
+class Routed(nn.Module):
+    """A block that keeps a loss of its own as an attribute, as mixtures of experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.router, self.mix = nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(6, 6)
+        self.aux = None
+
+    def forward(self, x):
+        weights = self.router(torch.tanh(self.norm(x)))
+        self.aux = weights.logsumexp(-1).square().mean()
+        return x + self.mix(x) * weights.softmax(-1).amax(-1, keepdim=True)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(6, 6), nn.ModuleList(Routed() for _ in range(3)), nn.Linear(6, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x).square().mean()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("between", [False, True])
+def test_losses_that_blocks_keep_have_a_backward_of_their_own(stage, world, between):
+    """No gradient enters such a block through its outputs; a forward in between has released what was whole."""
+
+    def loop(model, optimizer, ranks):
+        for step in range(3):
+            batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank)) for rank in ranks]
+            for x in batches:
+                (model(x) / len(ranks)).backward(retain_graph=True)
+                aux = [block.aux for block in model.blocks]
+                if between:
+                    with torch.no_grad():
+                        model(x)
+                (0.1 * sum(aux) / len(ranks)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def body(comm):
+        model = seeded(Stack)
+        optimizer = zerolite.ZeroOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=1e-2), model, stage=stage, process_group=comm
+        )
+        loop(model, optimizer, [comm.rank])
+        return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.skipped_steps
+
+    model = seeded(Stack)
+    loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2), range(world))
+    for found, skipped in on_threads(world, body):
+        assert skipped == 0
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_parameters_are_whole_when_stage_3_has_gone(world):
     def body(comm):

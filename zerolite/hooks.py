@@ -111,9 +111,20 @@ class Hooks:
     def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """A module with parameters of `unit`, called perhaps without the unit's own module."""
 
+        def wake(_: Any) -> None:
+            """A backward that does not come through the unit's outputs (of a loss that the unit keeps as an attribute)."""
+            if not unit.shown:
+                schedule.reach(unit, False)
+
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if not unit.calls and not unit.reached:
+            if unit.reached:
+                return
+            if not unit.calls:
                 self.on_backward(unit, schedule, output, [])
+            elif torch.is_grad_enabled():
+                for tensor in tensors_in(output):
+                    if tensor.grad_fn is not None:
+                        tensor.grad_fn.register_prehook(wake)
 
         self.before(module, lambda *_: schedule.ensure(unit))
         self.after(module, after)
