@@ -128,9 +128,8 @@ def step(blocks: list[list[Row]], passes: list[Row], update: list[Row]) -> str:
     for rows in blocks:
         measured = [row for row in rows if row["benchmark"] == "step"]
         if not measured:
-            parts.append(
-                f"### {rows[0].get('model', '')}, {rows[0]['ranks']} ranks\n{left_out(rows)}" if left_out(rows) else ""
-            )
+            if told := left_out(rows):
+                parts.append(f"### {rows[0].get('model', '')}, {rows[0]['ranks']} ranks\n{told}")
             continue
         peers = [best(measured, "overhead", peer) for peer in ("DDP", "DeepSpeed")]
         odd = disturbed(measured)
@@ -169,9 +168,9 @@ def step_row(r: Row, peers: list[float | None]) -> list[str]:
     return [r["system"], *times, p20, p80, milliseconds(r, "overhead"), *shares, *ends]
 
 
-def not_asked(found: list[Row], rows: list[Row]) -> str:
+def not_asked(rows: list[Row]) -> str:
     """DeepSpeed's systems that were not among those that were asked for."""
-    known = {row["system"] for row in [*found, *rows]}
+    known = {row["system"] for row in rows}
     left = [name for name in PEERS if name.startswith("DeepSpeed") and name not in known]
     return f"\nNot among those that were tried: {', '.join(left)}.\n" if left else ""
 
@@ -194,7 +193,7 @@ def largest(rows: list[Row]) -> str:
         text
         + f"{conditions(one)}\n{table(head, body)}"
         + left_out(rows)
-        + not_asked(found, rows)
+        + not_asked(rows)
         + missed(of_largest(rows))
         + NOTES["largest"]
     )

@@ -113,9 +113,7 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
                 "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
             )
-    _check_memory(
-        {p: names.get(p, "") for p in {**dict.fromkeys(wanted), **dict.fromkeys(model.parameters() if model else ())}}
-    )
+    _check_memory({p: names[p] for p in (*wanted, *(model.parameters() if model is not None else ()))})
     table = Table()
     return [table.add(names[p], p, groups.get(p)) for p in wanted], device
 
