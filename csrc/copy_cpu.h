@@ -1,7 +1,7 @@
 // Copies that look at magnitudes on the way: a part of kernels_cpu.cpp, compiled once for each instruction set.
 #pragma once
 
-#include "kernels.h"
+#include "ahead_cpu.h"
 
 namespace zerolite {
 namespace {
@@ -87,10 +87,12 @@ ZL_FN bool copy_sizes(void* to_, const void* from_, int64_t n, int32_t top, bool
   for (; i + kWidth <= n; i += kWidth) {
     Lane x;
     memcpy(&x, from + i * sizeof(I), kLine);
-    if (past)
+    if (past) {
+      __builtin_prefetch(from + i * sizeof(I) + kAhead * 2);
       store_past(to + i * sizeof(I), (Line)x);
-    else
+    } else {
       memcpy(to + i * sizeof(I), &x, kLine);
+    }
     const Lane size = x & mask;
     largest = size > largest ? size : largest;
   }

@@ -23,6 +23,7 @@ ZL_FN float root(float x) { return __builtin_sqrtf(x); }
 }  // namespace
 }  // namespace zerolite
 
+#include "ahead_cpu.h"
 #include "copy_cpu.h"
 #include "half_cpu.h"
 #include "moments_wide.h"
@@ -72,10 +73,21 @@ ZL_FN void average_half(float* __restrict g, const Sources& s, int64_t at, int64
   widen_all(g, rounded, n);
 }
 
+// In pieces, with requests for the same of what comes later.
+template <class G>
+void average_pieces(float* g, const Sources& s, int64_t at, int64_t n) {
+  int64_t k = 0;
+  for (; k + kPiece <= n; k += kPiece) {
+    for (int i = 0; i < s.count; ++i) ahead(static_cast<const G*>(s.data[i]) + at + k);
+    average<G>(g + k, s, at + k, kPiece);
+  }
+  average<G>(g + k, s, at + k, n - k);
+}
+
 void average_any(float* g, const Sources& s, int64_t at, int64_t n) {
   switch (s.dtype) {
-    case Dtype::kFloat: return average<float>(g, s, at, n);
-    case Dtype::kBFloat16: return average<bf16>(g, s, at, n);
+    case Dtype::kFloat: return average_pieces<float>(g, s, at, n);
+    case Dtype::kBFloat16: return average_pieces<bf16>(g, s, at, n);
     case Dtype::kHalf: return average_half(g, s, at, n);
   }
 }
@@ -88,43 +100,73 @@ void average_plain(float* g, const Sources& s, int64_t at, int64_t n) {
   for (int64_t i = 0; i < n; ++i) g[i] = plain(g[i]);
 }
 
-void adam_float(const AdamTensors& t, const float* __restrict g, const AdamRow& r, int64_t at, int64_t n) {
-  float* __restrict p = static_cast<float*>(t.param) + at;
-  float* __restrict m = t.m + at;
-  float* __restrict v = t.v + at;
-  for (int64_t i = 0; i < n; ++i) adam(g[i], p[i], m[i], v[i], r, root);
-}
-
-void adam_split(const AdamTensors& t, const float* __restrict g, const AdamRow& r, int64_t at, int64_t n) {
-  uint16_t* __restrict hi = static_cast<uint16_t*>(t.param) + at;
-  int16_t* __restrict lo = static_cast<int16_t*>(t.rest) + at;
-  float* __restrict m = t.m + at;
-  float* __restrict v = t.v + at;
-  for (int64_t i = 0; i < n; ++i) {
-    float p = join(hi[i], lo[i]);
-    adam(g[i], p, m[i], v[i], r, root);
-    split(p, hi[i], lo[i]);
+// A piece of the update, of each dtype of parameters. n is kPiece, which loops then know, or less. Values are in locals in
+// between: what is stored could else be another stream, as far as the compiler can tell here.
+struct AdamFloat {
+  ZL_METHOD void operator()(const AdamTensors& t, const float* g, const AdamRow& r, int64_t at, int64_t n) const {
+    float* const p = static_cast<float*>(t.param) + at;
+    float* const m = t.m + at;
+    float* const v = t.v + at;
+    ahead(p), ahead(m), ahead(v);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      float p_ = p[i], m_ = m[i], v_ = v[i];
+      adam(g[i], p_, m_, v_, r, root);
+      p[i] = p_, m[i] = m_, v[i] = v_;
+    }
   }
-}
+};
+struct AdamSplit {
+  ZL_METHOD void operator()(const AdamTensors& t, const float* g, const AdamRow& r, int64_t at, int64_t n) const {
+    uint16_t* const hi = static_cast<uint16_t*>(t.param) + at;
+    int16_t* const lo = static_cast<int16_t*>(t.rest) + at;
+    float* const m = t.m + at;
+    float* const v = t.v + at;
+    ahead(hi), ahead(lo), ahead(m), ahead(v);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      float p_ = join(hi[i], lo[i]), m_ = m[i], v_ = v[i];
+      adam(g[i], p_, m_, v_, r, root);
+      m[i] = m_, v[i] = v_;
+      split(p_, hi[i], lo[i]);
+    }
+  }
+};
+struct AdamHalf {
+  ZL_METHOD void operator()(const AdamTensors& t, const float* g, const AdamRow& r, int64_t at, int64_t n) const {
+    half* const param = static_cast<half*>(t.param) + at;
+    float* const master = static_cast<float*>(t.rest) + at;
+    float* const m = t.m + at;
+    float* const v = t.v + at;
+    ahead(param), ahead(master), ahead(m), ahead(v);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      float p_ = master[i], m_ = m[i], v_ = v[i];
+      adam(g[i], p_, m_, v_, r, root);
+      master[i] = p_, m[i] = m_, v[i] = v_;
+    }
+    narrow_all(param, master, n);
+  }
+};
 
-void adam_half(const AdamTensors& t, const float* __restrict g, const AdamRow& r, int64_t at, int64_t n) {
-  float* __restrict master = static_cast<float*>(t.rest) + at;
-  float* __restrict m = t.m + at;
-  float* __restrict v = t.v + at;
-  for (int64_t i = 0; i < n; ++i) adam(g[i], master[i], m[i], v[i], r, root);
-  narrow_all(static_cast<half*>(t.param) + at, master, n);
-}
-
-void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start, int64_t stop) {
+template <class Update>
+void update_pieces(const Update& update, const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start,
+                   int64_t stop) {
   alignas(64) float g[kTurns];
   for (int64_t at = start; at < stop; at += kTurns) {
     const int64_t n = stop - at < kTurns ? stop - at : kTurns;
     t.dtype == Dtype::kBFloat16 ? average_plain(g, s, at, n) : average_any(g, s, at, n);
-    switch (t.dtype) {
-      case Dtype::kFloat: adam_float(t, g, r, at, n); break;
-      case Dtype::kBFloat16: adam_split(t, g, r, at, n); break;
-      case Dtype::kHalf: adam_half(t, g, r, at, n); break;
-    }
+    int64_t k = 0;
+    for (; k + kPiece <= n; k += kPiece) update(t, g + k, r, at + k, kPiece);
+    if (k < n) update(t, g + k, r, at + k, n - k);
+  }
+}
+
+void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start, int64_t stop) {
+  switch (t.dtype) {
+    case Dtype::kFloat: return update_pieces(AdamFloat(), t, s, r, start, stop);
+    case Dtype::kBFloat16: return update_pieces(AdamSplit(), t, s, r, start, stop);
+    case Dtype::kHalf: return update_pieces(AdamHalf(), t, s, r, start, stop);
   }
 }
 
@@ -216,7 +258,12 @@ void reduce(void* to, Dtype dtype, bool accumulate, bool past, const Sources& s,
     average_any(g, s, at, n);
     if (accumulate) {  // fp32 only, checked in the binding
       float* __restrict sum = static_cast<float*>(to) + at;
-      for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] + g[i];
+      int64_t k = 0;
+      for (; k + kPiece <= n; k += kPiece) {
+        ahead(sum + k);
+        for (int64_t i = k; i < k + kPiece; ++i) sum[i] = sum[i] + g[i];
+      }
+      for (; k < n; ++k) sum[k] = sum[k] + g[k];
       continue;
     }
     out.store_any(g, at, n);
@@ -265,6 +312,7 @@ bool exceeds_of(const T* __restrict src, float limit, int64_t start, int64_t sto
   for (int64_t at = start; at < stop; at += kBlock) {
     const int64_t n = stop - at < kBlock ? stop - at : kBlock;
     uint32_t any = 0;
+    for (int64_t k = 0; k + kPiece <= n; k += kPiece) ahead(src + at + k);
     for (int64_t i = 0; i < n; ++i) any |= static_cast<uint32_t>((as_bits(widen(src[at + i])) & 0x7fffffffu) >= top);
     if (any) return true;
   }

@@ -12,6 +12,7 @@
 //   codes of one group are written between the roots and the quotients of the next.
 #pragma once
 
+#include "ahead_cpu.h"
 #include "half_cpu.h"
 #include "moments_math.h"
 
@@ -281,6 +282,8 @@ void adam_groups(Place<P, R, C> at, const float* g, const MomentRow& row, int64_
   for (int64_t k = 1; k < groups; ++k) {
     const Place<P, R, C> before = at;
     at = at.next();
+    ahead(at.param), ahead(at.m), ahead(at.v);
+    if (at.rest != nullptr) ahead(at.rest);
     read(*next, at, g + kGroup, r);
     write_v(*now, before, g, salt);
     step(*next, at, r);

@@ -281,6 +281,7 @@ ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
   const Ints one = all(1), below_half = all(0x7fffu), nan = all(kNan), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
+  for (int k = 0; k < s.count; ++k) ahead(from[k] + at);
 #pragma GCC unroll 4
   for (int i = 0; i < kGroup; i += kWords) {
     const Ints first = load(from[0] + at + i);
@@ -316,6 +317,8 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
     if (last.past) end_at_largest(last.v);
     to = {ZL_OP(set1_ps)(last.in_m), ZL_OP(set1_ps)(last.in_v)};
   }
+  if constexpr (read) ahead(first.param), ahead(first.rest), ahead(first.m), ahead(first.v);
+  if constexpr (read && !average) ahead(first.g);
   if constexpr (read && average) average_group(ring[k & 3].g, s, start + k * kGroup);
   Ints tops[2] = {zeros(), zeros()};
 #pragma GCC unroll 1
