@@ -150,8 +150,9 @@ struct AdamHalf {
 };
 
 template <class Update>
-void update_pieces(const Update& update, const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start,
+void update_pieces(const Update& update, const AdamTensors& t, const Sources& s, const AdamRow& row, int64_t start,
                    int64_t stop) {
+  const AdamRow r = row;
   alignas(64) float g[kTurns];
   for (int64_t at = start; at < stop; at += kTurns) {
     const int64_t n = stop - at < kTurns ? stop - at : kTurns;
