@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPiece = 64;    // elements between two requests
 constexpr int64_t kAhead = 1024;  // elements from a request to its use
+constexpr int kFew = 8;           // sources up to which requests for all of them pay
 
 // Asks for the lines of the piece that begins kAhead elements after p. It may lie past the end: a request cannot fault.
 template <class T>

@@ -88,7 +88,7 @@ ZL_FN bool copy_sizes(void* to_, const void* from_, int64_t n, int32_t top, bool
     Lane x;
     memcpy(&x, from + i * sizeof(I), kLine);
     if (past) {
-      __builtin_prefetch(from + i * sizeof(I) + kAhead * 2);
+      if (i + kAhead < n && i * sizeof(I) % 64 < kLine) __builtin_prefetch(from + (i + kAhead) * sizeof(I));
       store_past(to + i * sizeof(I), (Line)x);
     } else {
       memcpy(to + i * sizeof(I), &x, kLine);

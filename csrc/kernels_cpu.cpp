@@ -73,12 +73,12 @@ ZL_FN void average_half(float* __restrict g, const Sources& s, int64_t at, int64
   widen_all(g, rounded, n);
 }
 
-// In pieces, with requests for the same of what comes later.
+// In pieces, with requests for the same of what comes later: of so many sources that what is asked for stays in the cache.
 template <class G>
 void average_pieces(float* g, const Sources& s, int64_t at, int64_t n) {
   int64_t k = 0;
   for (; k + kPiece <= n; k += kPiece) {
-    for (int i = 0; i < s.count; ++i) ahead(static_cast<const G*>(s.data[i]) + at + k);
+    for (int i = 0; i < s.count && s.count <= kFew; ++i) ahead(static_cast<const G*>(s.data[i]) + at + k);
     average<G>(g + k, s, at + k, kPiece);
   }
   average<G>(g + k, s, at + k, n - k);
@@ -128,7 +128,7 @@ struct AdamSplit {
       float p_ = join(hi[i], lo[i]), m_ = m[i], v_ = v[i];
       adam(g[i], p_, m_, v_, r, root);
       m[i] = m_, v[i] = v_;
-      split(p_, hi[i], lo[i]);
+      split(plain(p_), hi[i], lo[i]);  // a moment of a checkpoint that a GPU wrote may be a NaN with low bits
     }
   }
 };
@@ -156,7 +156,7 @@ void update_pieces(const Update& update, const AdamTensors& t, const Sources& s,
   alignas(64) float g[kTurns];
   for (int64_t at = start; at < stop; at += kTurns) {
     const int64_t n = stop - at < kTurns ? stop - at : kTurns;
-    t.dtype == Dtype::kBFloat16 ? average_plain(g, s, at, n) : average_any(g, s, at, n);
+    average_any(g, s, at, n);
     int64_t k = 0;
     for (; k + kPiece <= n; k += kPiece) update(t, g + k, r, at + k, kPiece);
     if (k < n) update(t, g + k, r, at + k, n - k);

@@ -104,7 +104,7 @@ ZL_FN uint32_t dice_of(float p, float g, uint32_t salt) {
 
 // bf16 of x, rounded up or down by 16 uniform bits so that the expectation is x.
 ZL_FN uint32_t dithered(float x, uint32_t dice) { return (as_bits(x) + dice) >> 16; }
-ZL_FN uint32_t moment_bf16(float m, uint32_t dice) { return dithered(m, dice >> 16); }
+ZL_FN uint32_t moment_bf16(float m, uint32_t dice) { return dithered(plain(m), dice >> 16); }
 // A second moment above 0 stays above 0, and below infinity.
 ZL_FN uint32_t square_bf16(float v, uint32_t dice) {
   const uint32_t bits = as_bits(v) < kLargest ? as_bits(v) : kLargest;

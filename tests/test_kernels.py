@@ -137,6 +137,17 @@ def test_a_bfloat16_parameter_shows_every_nan(isa, pattern):
         assert bool(param.isnan().all())
 
 
+@pytest.mark.parametrize("pattern", NANS)
+@pytest.mark.parametrize("which", ["m", "v"])
+def test_a_bfloat16_parameter_shows_every_nan_of_its_moments(isa, pattern, which):
+    """A checkpoint that a GPU wrote may hold them."""
+    for op in (kernels.reduce_adam_, reference.reduce_adam_):
+        param, rest, m, v = adam_tensors(70, torch.bfloat16)
+        (m if which == "m" else v).copy_(float_of(pattern).expand(70))
+        op(param, rest, m, v, [torch.ones(70, dtype=torch.bfloat16)], torch.tensor([[0, 70, 0]]), ROWS, 1.0)
+        assert bool(param.isnan().all())
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -599,6 +610,18 @@ def test_subnormals_are_kept_where_the_program_flushes_them():
         pytest.skip("needs native kernels and a processor that can flush")
     done = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_packing_refuses_gradients_that_are_elsewhere():
+    """Where a gradient has no memory, its address is 0, which means that nothing is there."""
+    with pytest.raises(RuntimeError, match="grads: expected contiguous tensors of the dtype and device of out"):
+        kernels.pack_(torch.zeros(64), [torch.ones(8, device="meta")], [0], False, torch.zeros(1, dtype=torch.int64), 1e30)
+
+
+def test_squares_are_of_what_is_written():
+    out, sums = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(1, kernels.LIMBS, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="out: expected torch.float32, the dtype of the sources, got torch.bfloat16"):
+        kernels.reduce_squares_(out, sums, [torch.ones(8)], torch.tensor([[0, 8, 0]]), 1.0)
 
 
 def test_the_op_of_packing_refuses_what_is_not_one_block_of_memory():

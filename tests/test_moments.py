@@ -198,6 +198,23 @@ def test_second_moments_past_the_largest_end_there_and_their_roots_do_not(isa, k
 
 @pytest.mark.parametrize("isa", ISAS)
 @kinds
+@pytest.mark.parametrize("pattern", NANS)
+def test_a_master_that_is_any_nan_makes_nan_of_its_first_moment(isa, kind, pattern):
+    """With the weight decay of Adam the master comes into it. Codes have no NaN: the largest of their group stands for it."""
+    kernels.set_isa(isa)
+    for op in (kernels.reduce_adam_moments_, reference.reduce_adam_moments_):
+        tensors = coded(200, kind, torch.float32)
+        tensors[0][77] = float_of(pattern)
+        rows = rows_of(1)
+        rows[:, 1] = 0.1  # l2
+        op(*tensors, [wide(200, 5, 1.0)], torch.tensor([[0, 200, 0]]), rows, 1.0)
+        assert bool(tensors[0][77].isnan())
+        assert kind == "int8" or bool(tensors[2][77].isnan())
+    kernels.set_isa("auto")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@kinds
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
 def test_every_nan_is_stored_as_the_plain_one(isa, kind, dtype, source_dtype):

@@ -25,7 +25,7 @@ MOMENT_ROW = (*ADAM_ROW, "step")
 #: int64 words of one exact sum of squares: 19 limbs of 32 bits in units of 2^-298, then the non-finite count.
 LIMBS = reference.LIMBS
 
-_dtype = attrgetter("dtype")
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 _library = torch.library.Library("zerolite", "DEF")
 _library.define(
@@ -126,6 +126,8 @@ def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Ten
 
     spans  in order, disjoint
     """
+    if out.dtype != sources[0].dtype:  # else what is written is rounded again, and squares differ
+        raise RuntimeError(f"out: expected {sources[0].dtype}, the dtype of the sources, got {out.dtype}")
     torch.ops.zerolite.reduce_squares_(out, sums, sources, spans, mean)
 
 
@@ -161,8 +163,8 @@ def pack_(
             grads, offsets = _inside(grads, offsets, start, width, stride)
         torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
         return
-    if not (set(map(_dtype, grads)) == {out.dtype} and all(map(Tensor.is_contiguous, grads))):
-        raise RuntimeError("grads: expected contiguous tensors of the dtype of out")
+    if not (set(map(_dtype, grads)) == {out.dtype} and all(map(Tensor.is_contiguous, grads)) and all(map(_is_cpu, grads))):
+        raise RuntimeError("grads: expected contiguous tensors of the dtype and device of out")
     # Where there are thousands, handing them over as tensors costs more than the copy.
     places = torch.frombuffer(
         array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads))), dtype=torch.int64
