@@ -620,7 +620,7 @@ def test_packing_refuses_gradients_that_are_elsewhere():
 
 def test_squares_are_of_what_is_written():
     out, sums = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(1, kernels.LIMBS, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="out: expected torch.float32, the dtype of the sources, got torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"out: expected torch\.float32, the dtype of the sources, got torch\.bfloat16"):
         kernels.reduce_squares_(out, sums, [torch.ones(8)], torch.tensor([[0, 8, 0]]), 1.0)
 
 
