@@ -130,6 +130,48 @@ def test_a_kept_handle_is_not_the_next_gradient():
         foreign.step()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("clear", ["model.zero_grad", "None", "after a step"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_kept_handle_is_not_the_next_gradient_however_that_was_cleared(stage, clear, layers):
+    """Projections and similarities of gradients keep p.grad of each loss."""
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(layers)]))
+    optimizer = sgd(model, stage)
+    model(torch.ones(2, 8)).sum().backward()
+    kept = [p.grad for p in model.parameters()]
+    if clear == "after a step":
+        optimizer.step()
+    if clear == "None":
+        for p in model.parameters():
+            p.grad = None
+    else:
+        model.zero_grad()
+    (3 * model(torch.ones(2, 8)).sum()).backward()
+    for old, p in zip(kept, model.parameters(), strict=True):
+        with pytest.raises(RuntimeError, match="earlier gradient|used up"):
+            old.clone()
+        assert p.grad is not old and bool(p.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_write_to_a_view_counts_where_another_parameter_is_unused(stage):
+    def run(wrap):
+        model = seeded(lambda: nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]))
+        optimizer = sgd(model, stage) if wrap else torch.optim.SGD(model.parameters(), lr=1.0)
+        x = torch.ones(2, 4)
+        (model[0](x) + model[1](x)).sum().backward()
+        optimizer.step()
+        model.zero_grad()
+        model[0](x).sum().backward()
+        model[0].weight.grad[0, :2] = 0.0
+        optimizer.step()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    ours, plain = run(True), run(False)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value)
+
+
 def test_editing_p_grad_inside_of_backward():
     def norm(model, x, backwards):
         for _ in range(backwards):

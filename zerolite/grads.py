@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
-from operator import attrgetter, is_, is_not
+from operator import and_, attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
@@ -76,12 +76,13 @@ class Grads:
         """A backward begins after others: what was set to None since is dropped, and what was clipped or unscaled keeps its
         factor. (A tensor that was assigned stays: autograd adds to it.)"""
         self.views.settle()
-        if max(self.table.state) >= 0:
+        if self.table.state.count(NONE) < len(self.entries):
             with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
-                gone = list(map(is_, map(_grad, self.table.params), repeat(None)))
-            for entry in compress(self.entries, gone):
+                now = list(map(_grad, self.table.params))
+            for entry in compress(self.entries, map(is_, now, repeat(None))):
                 if entry.live:
                     self.drop(entry)
+            self._renew(list(map(is_not, now, self.table.handles)))  # autograd may have written the first one already
             if max(self.table.state) < 0:  # nothing is left, as after zero_grad()
                 self._reset()
         if self.table.plain:
@@ -160,6 +161,7 @@ class Grads:
         elif grad is not None:
             if entry.live:
                 self.drop(entry)  # p.grad was set to None in between (model.zero_grad())
+                self._renew(map(entry.index.__eq__, range(len(self.entries))))
             entry.factor = 1.0
         return grad
 
@@ -272,7 +274,7 @@ class Grads:
 
     def scan(self) -> tuple[list[bool], list[int]]:
         """Which parameters have a gradient, and which were assigned or set to None since backward; takes the former."""
-        if USED not in self.table.state and self._untouched():
+        if self._untouched() and USED not in self.table.state:
             return list(map(is_not, self.table.handles, repeat(None))), []
         present: list[bool] = []
         replaced: list[int] = []
@@ -337,6 +339,13 @@ class Grads:
         self.written.clear()
         self.views.clear()
 
+    def _renew(self, among: Iterable[bool]) -> None:
+        """Gives parameters whose handle someone has kept a new one: the old one stands for the old gradient."""
+        kept = list(map(_UNSHARED.__lt__, map(sys.getrefcount, self.table.handles)))
+        for entry in compress(self.entries, map(and_, kept, among)):
+            if entry.handle is not None:
+                self.make_handle(entry)
+
     def clear(self, set_to_none: bool) -> None:
         """zero_grad."""
         table = self.table
@@ -344,10 +353,7 @@ class Grads:
         table.clear()
         if set_to_none:
             _nothing.extend(map(setattr, table.params, repeat("grad"), repeat(None)))
-        kept = list(map(_UNSHARED.__lt__, map(sys.getrefcount, table.handles)))
-        for entry in compress(self.entries, kept):  # someone kept the old one: it stands for the old gradient
-            if entry.handle is not None:
-                self.make_handle(entry)
+        self._renew(repeat(True))
         for entry in [] if set_to_none else self.entries:
             grad = entry.param.grad
             if isinstance(grad, LazyGrad):
