@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +302,45 @@ def test_a_stuck_rank_is_an_error_within_the_timeout(env):
     found = outcomes(2, stop_one, timeout=4, env={"ZEROLITE_PATIENCE": "1", **env})
     kind, (name, message, _) = found[0]
     assert (kind, name) == ("error", "RankError") and "waited 4 s in 'exchange" in message
+
+
+def ask_a_store_that_does_not_answer(rank):
+    from zerolite.comm.group import GroupComm
+
+    comm = GroupComm(None)
+    start = time.monotonic()
+    found = [comm.store.ask(lambda store: time.sleep(60) or "late"), comm.store.ask(lambda store: "now")]
+    other = GroupComm(None)
+    other.compare("here", 1, [])
+    other.retract()
+    return found, time.monotonic() - start, other.store.ask(lambda store: store.get(other._post(rank)).decode())
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up():
+    """Its host is stopped, not dead: no timeout of the store's clients applies."""
+    for found, seconds, post in on_processes(2, ask_a_store_that_does_not_answer, env={"ZEROLITE_PATIENCE": "1"}):
+        assert found == [None, None] and seconds < 10 and post == ""
+
+
+def test_who_is_interrupted_in_a_wait_waits_again():
+    from zerolite.comm.group import Waiting
+
+    class Work:
+        waits = 0
+
+        def wait(self, _):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+
+    comm = SimpleNamespace(timeout=60.0, ledger=SimpleNamespace(calls={}))
+    work = Work()
+    waiting = Waiting(comm, work, torch.zeros(1), "gather")
+    with pytest.raises(KeyboardInterrupt):
+        waiting.wait()
+    assert waiting.under_way
+    waiting.wait()
+    assert work.waits == 2 and not waiting.under_way
 
 
 def straggle(rank):

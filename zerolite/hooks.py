@@ -16,6 +16,7 @@ from zerolite.grads import Grads
 from zerolite.reducer import grads_of
 from zerolite.unit import Schedule, Unit
 
+Input = tuple[Tensor, Any]  # of a forward, and the node of the graph that it came from
 _task = torch._C._current_graph_task_id
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _strided = torch.strided
@@ -80,7 +81,8 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             schedule.enter(unit)
             if not unit.reached:  # a recomputation needs no hooks, and may stop early, without `after`
-                unit.calls.append([t for t in tensors_in((args, kwargs)) if t.requires_grad and t.grad_fn is not None])
+                tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+                unit.calls.append([(t, t.grad_fn) for t in tensors if t.grad_fn is not None])
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if unit.reached:
@@ -92,7 +94,7 @@ class Hooks:
         self.before(module, before, with_kwargs=True)
         self.after(module, after, with_kwargs=True)
 
-    def on_backward(self, unit: Unit, schedule: Schedule, output: Any, inputs: list[Tensor]) -> None:
+    def on_backward(self, unit: Unit, schedule: Schedule, output: Any, inputs: list[Input]) -> None:
         """One call of a unit in the backward (these hooks go with the graph)."""
         if not torch.is_grad_enabled():
             return
@@ -105,8 +107,11 @@ class Hooks:
             base = tensor._base if tensor._is_view() else None
             if base is not None and base.grad_fn is not None:  # a later in-place write gives the view another node
                 base.grad_fn.register_prehook(call.reach)
-        for tensor in inputs:
-            tensor.register_hook(call.passed)
+        for tensor, node in inputs:
+            if tensor.grad_fn is node:
+                tensor.register_hook(call.passed)
+            else:  # the forward changed it in place: its own hooks belong to what it is now
+                node.register_prehook(call.passed)
 
     def on_part(self, module: nn.Module, unit: Unit, schedule: Schedule) -> None:
         """A module with parameters of `unit`, called perhaps without the unit's own module."""
@@ -220,7 +225,7 @@ class _Call:
             self.last = not _keeps_graph()
             self.schedule.reach(self.unit, self.inputs > 0)
 
-    def passed(self, _: Tensor) -> None:
+    def passed(self, _: Any) -> None:
         self.left -= 1
         if self.left == 0:
             self.schedule.passed(self.unit)
@@ -256,7 +261,7 @@ def _items(value: Any) -> Iterable[Any]:
 _FAR = 2000  # nodes of the graph that are looked at for one call of a unit
 
 
-def used(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def used(outputs: list[Tensor], inputs: list[Input]) -> list[Input]:
     """The inputs that outputs were computed from, as far as the graph says within _FAR nodes, else all.
 
     A cache that is handed from block to block holds the keys of every earlier block. Their gradients come long after this
@@ -264,7 +269,7 @@ def used(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """
     if len(inputs) < 2:
         return inputs
-    wanted = {tensor.grad_fn for tensor in inputs}
+    wanted = {node for _, node in inputs}
     seen = {tensor.grad_fn for tensor in outputs}
     todo, reached = list(seen), seen & wanted
     todo = [node for node in todo if node not in wanted]
@@ -278,4 +283,4 @@ def used(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
                     reached.add(node)
                 else:
                     todo.append(node)
-    return [tensor for tensor in inputs if tensor.grad_fn in reached]
+    return [known for known in inputs if known[1] in reached]

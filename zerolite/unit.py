@@ -16,7 +16,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Unit:
     reached: bool  # the backward needs it now
     inputs: int  # forward calls reached by the backward whose inputs' gradients are not there yet
     before: int  # gradients that its buckets had collected before this backward
-    calls: list[list[Tensor]]  # forward calls under way: the inputs that require a gradient
+    calls: list[list[tuple[Tensor, Any]]]  # forward calls under way: the inputs that require a gradient, and their nodes
     runs: weakref.WeakSet[Run]  # forward calls whose graph is there
 
     def __init__(self, name: str, buckets: list[Bucket], is_root: bool, is_leaf: bool = False) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from zerolite.comm.lane import Lane, LaneSpec, MessageLane
 from zerolite.comm.ledger import Ledger, RankError
 from zerolite.comm.local import LocalComm
 
+_T = TypeVar("_T")
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
 
 # torch 2.13 renamed the tensor collectives; both names are served here and nowhere else.
@@ -47,13 +49,11 @@ class Waiting:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            try:
-                if self.result.is_cuda:
-                    self.work.wait()  # the stream waits, not the host; the group's watchdog looks after lost ranks
-                else:
-                    self._wait()
-            finally:
-                self.work = None
+            if self.result.is_cuda:
+                self.work.wait()  # the stream waits, not the host; the group's watchdog looks after lost ranks
+            else:
+                self._wait()
+            self.work = None  # not where a signal has interrupted it: who comes again must wait again
         return self.result
 
     def _wait(self) -> None:
@@ -84,6 +84,32 @@ class Waiting:
         return True
 
 
+class _Store:
+    """The key-value store of torch.distributed, asked from a thread of its own: where its host is stopped, it never answers."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def ask(self, call: Callable[[dist.Store], _T]) -> _T | None:
+        """call(store); None where the store or the group is gone, or no answer comes in PATIENCE seconds."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        try:
+            store = dist.distributed_c10d._get_default_store()
+        except (RuntimeError, ValueError):
+            return None
+        answers: list[_T] = []
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):  # its host is gone: the collective itself reports that
+                answers.append(call(store))
+
+        self._thread = threading.Thread(target=run, name="zerolite-store", daemon=True)
+        self._thread.start()
+        self._thread.join(PATIENCE)
+        return answers[0] if answers else None
+
+
 class GroupComm:
     """The Comm of a torch.distributed process group (None: the default group)."""
 
@@ -96,6 +122,7 @@ class GroupComm:
         self.control = _control(self.group)
         self.timeout = _timeout(self.group, self.control)
         self.members = dist.get_process_group_ranks(self.group)
+        self.store = _Store()
 
     def exchange(self, full: Tensor, what: str) -> Waiting:
         self.ledger.enter(what, _bytes(full) * (self.size - 1) // self.size)
@@ -213,15 +240,15 @@ class GroupComm:
     def compare(self, what: str, order: int, before: list[str]) -> list[str]:
         """Posts what this rank waits for. Raises where every rank waits, one for something else, and nothing has
         changed since the look that returned `before`; else returns what was seen."""
-        try:
-            store = dist.distributed_c10d._get_default_store()
+
+        def look(store: dist.Store) -> list[str]:
             keys = [self._post(rank) for rank in range(self.size)]
             store.set(keys[self.rank], f"{order}|{what}")
-            if not store.check(keys):
-                return []
-            posted = [store.get(key).decode() for key in keys]
-        except (RuntimeError, ValueError):
-            return []  # the store's host is gone or the group was destroyed: the collective itself reports that
+            return [store.get(key).decode() for key in keys] if store.check(keys) else []
+
+        posted = self.store.ask(look) or []
+        if "" in posted:  # of a rank that waits no longer
+            return []
         if posted == before and len(set(posted)) > 1:
             raise self.disagreement([entry.split("|", 1)[1] for entry in posted])
         return posted
@@ -235,11 +262,8 @@ class GroupComm:
         )
 
     def retract(self) -> None:
-        """Takes this rank's post back: it no longer waits."""
-        try:
-            dist.distributed_c10d._get_default_store().delete_key(self._post(self.rank))
-        except (RuntimeError, ValueError):
-            return  # nobody is left to read it
+        """Takes this rank's post back: it no longer waits. (A key that is gone would make others wait for it.)"""
+        self.store.ask(lambda store: store.set(self._post(self.rank), ""))
 
     def _post(self, rank: int) -> str:
         return f"zerolite/{'-'.join(map(str, self.members))}{self.tag}/{rank}"
