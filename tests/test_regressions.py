@@ -410,8 +410,7 @@ def test_a_unit_that_changes_its_input_in_place_at_stage_3():
     """The input's gradient is that of what it was: until then the weights are needed."""
 
     def run(wrap):
-        blocks = nn.ModuleList([ChangesItsInput() for _ in range(3)])
-        model = seeded(lambda: nn.Sequential(nn.Linear(16, 16), *blocks))
+        model = seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Sequential(*[ChangesItsInput() for _ in range(3)])))
         optimizer = sgd(model, 3, lr=0.1) if wrap else torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(2):
             optimizer.zero_grad()
