@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for
 from ranks import on_processes, on_threads
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import zerolite
@@ -754,3 +757,141 @@ def test_a_norm_after_a_backward_that_brought_nothing_is_the_clipped_one():
     weights = torch.ones(2, 7, 31, requires_grad=True)
     torch.autograd.grad((model(tokens_for(1, 0, 0)) * weights).sum(), weights)
     assert total > 0.1 and nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() == pytest.approx(0.1, rel=1e-3)
+
+
+class Clipped(torch.optim.SGD):
+    """Its step looks at all gradients."""
+
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.1)
+        return super().step(closure)
+
+
+class Lars(torch.optim.SGD):
+    """Its step looks at a parameter's norm, in some groups."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group.get("adapt", True) else []:
+                p.grad.mul_(p.detach().norm() / (p.grad.norm() + 1e-6))
+        return super().step(closure)
+
+
+def warmed_up(model):
+    inner = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(inner, lambda step: min(1, step / 4))  # the rate is 0 now
+    return inner
+
+
+def two_groups(model):
+    first, *rest = model.parameters()
+    return Lars([{"params": [first], "adapt": False}, {"params": rest}], lr=0.1)
+
+
+@pytest.mark.parametrize("make", [warmed_up, two_groups, lambda model: Clipped(model.parameters(), lr=0.1)])
+def test_what_is_not_elementwise_is_refused_whatever_its_rate_group_or_reach(make):
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+    with pytest.raises(NotImplementedError, match="Use an elementwise optimizer"):
+        zerolite.ZeroOptimizer(make(model), model)
+
+
+@pytest.mark.parametrize("first", [torch.zeros(()), torch.zeros(0)])
+def test_an_optimizer_that_has_stepped_on_a_scalar_first(first):
+    params = [nn.Parameter(first), nn.Parameter(torch.ones(8, 4))]
+    inner = torch.optim.NAdam(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    inner.step()
+    optimizer = zerolite.ZeroOptimizer(inner)
+    (params[0].sum() + params[1].sum()).backward()
+    optimizer.step()
+    assert bool((params[1] < 0.9).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counts_of_steps_are_saved_in_fp32_under_any_default_dtype(dtype):
+    model = nn.Linear(8, 8).to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+        for entry in optimizer._parts.entries:
+            entry.steps = 70_001
+        optimizer.consolidate_state_dict()
+        saved = optimizer.state_dict()["state"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(float(state["step"]) == 70_001 for state in saved.values())
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ParameterDict({"w": nn.Parameter(torch.randn(8, 8) * 0.3)}) for _ in range(2)])
+        self.nested = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.ParameterList([torch.randn(8)])]) for _ in range(2)])
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(x @ layer["w"])
+        for linear, shift in self.nested:
+            x = torch.tanh(linear(x) + shift[0])
+        return self.head(x)
+
+
+def test_lists_of_parameters_are_no_units_of_their_own():
+    def run(stage):
+        model = seeded(Lists)
+        optimizer = sgd(model, stage, lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+        assert optimizer.skipped_steps == 0
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    sharded = run(3)
+    for name, value in run(2).items():
+        assert torch.equal(sharded[name], value), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_pruning_an_optimizer_s_model(stage):
+    """The parameter is the same one, under another name."""
+
+    def run(wrap):
+        model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)))
+        optimizer = sgd(model, stage, lr=0.1) if wrap else torch.optim.SGD(model.parameters(), lr=0.1)
+        with optimizer.full_params() if wrap and stage == 3 else contextlib.nullcontext():
+            prune.random_unstructured(model[0], "weight", 0.5)
+            with torch.no_grad():
+                model[0].weight_mask.copy_(torch.arange(64).view(8, 8) % 2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    ours, plain = run(True), run(False)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+
+
+def test_writing_to_the_dicts_of_states_says_that_it_does_nothing():
+    model = seeded(lambda: nn.Linear(4, 1))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), model)
+    assert optimizer.state[model.weight] == {}
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    state = optimizer.state
+    assert set(state[model.weight]) == {"step", "exp_avg", "exp_avg_sq"} and copy.deepcopy(state).keys()
+    for write in (
+        lambda: setattr(optimizer, "state", collections.defaultdict(dict)),
+        state.clear,
+        lambda: state.__setitem__(model.weight, {}),
+        lambda: state[model.weight].__setitem__("exp_avg", torch.zeros(4)),
+        lambda: state.pop(model.weight),
+    ):
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\.\.\.\), to begin anew one with 'state': \{\}"):
+            write()
+    optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+    assert optimizer.state[model.weight] == {} and all(not bool(m.any()) for m in optimizer._trained[0].state.tensors())

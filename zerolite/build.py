@@ -118,6 +118,8 @@ class Built:
         for parameters, names, entries, params in self._homes:
             if all(map(is_, map(parameters.get, names), params)):
                 continue
+            if {*map(id, params)} <= {*map(id, parameters.values())}:  # under other names, as torch's pruning makes
+                continue
             entry = next(e for name, e in zip(names, entries, strict=True) if parameters.get(name) is not e.param)
             raise RuntimeError(
                 f"parameter '{entry.name}': expected the parameter that the optimizer was built with, got another one. "

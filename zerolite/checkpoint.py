@@ -331,7 +331,7 @@ def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[
     """The state of one piece; elements are views (rounded moments in fp32), the master a new tensor."""
     values = _state(bucket).read(number)
     if _state(bucket).counted:
-        values = {"step": torch.tensor(float(entry.steps)), **values}
+        values = {"step": torch.tensor(float(entry.steps), dtype=torch.float32), **values}
     if bucket.rest.numel():
         values["master"] = bucket.master(_range(piece))
     return values

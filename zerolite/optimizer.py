@@ -243,7 +243,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """This rank's part of the state by parameter, 1D: views of the elements it owns, of rounded moments copies in fp32."""
+        """This rank's part of the state by parameter, 1D: views of the elements it owns, of rounded moments copies in fp32.
+        What is put into the dicts themselves would change nothing, and raises RuntimeError."""
         found: dict[Tensor, dict[str, Any]] = {}
         if self._built is not None:
             self._built.updates.settle()
@@ -251,12 +252,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 for number, piece in enumerate(bucket.pieces):
                     entry = bucket.entries[piece.slot]
                     if entry.steps > 0:
-                        found[entry.param] = checkpoint.read_piece(bucket, number, piece, entry)
-        return found
+                        found[entry.param] = _Shown(checkpoint.read_piece(bucket, number, piece, entry))
+        return _Shown(found)
 
     @state.setter
     def state(self, value: Any) -> None:
         """torch.optim.Optimizer assigns an empty dict when it is built; states live in buckets."""
+        if self._built is not None:
+            _Shown._refuse()
 
     def memory(self) -> Memory:
         """Bytes at rest by term, as planned and as live now."""
@@ -364,3 +367,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("ZeroOptimizer cannot be pickled or copied: it belongs to a process group. Save state_dict().")
+
+
+class _Shown(dict[Any, Any]):
+    """States as they are shown: a dict that says that nobody reads what is put into it. Parameters without one have {}."""
+
+    @staticmethod
+    def _refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "optimizer.state: it shows what the optimizer holds, and writing to it would change nothing. Load states with "
+            "optimizer.load_state_dict(...), to begin anew one with 'state': {}; fp32 moments can be changed in place."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __missing__(self, _: Any) -> dict[Any, Any]:
+        return _Shown()
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)

@@ -51,7 +51,7 @@ def find_units(
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             listed = isinstance(module, (nn.ModuleList, nn.Sequential))
-            is_unit = isinstance(child, chosen) if chosen is not None else listed
+            is_unit = isinstance(child, chosen) if chosen is not None else listed and not _never_runs(child)
             if is_unit and any(True for _ in child.parameters()):
                 units.append(UnitSpec(path, child))
             elif chosen is None and _is_leaf(child, uses, tables) and _bytes(child, dtype) > limit:
@@ -78,6 +78,14 @@ def find_units(
         owner[p].params.append((name, p))
     leaves = any(unit.leaf for unit in units)
     return [unit for unit in [root, *units] if unit.params or (leaves and unit is root)]
+
+
+def _never_runs(module: nn.Module) -> bool:
+    """Whether parameters are used without a forward that could gather them: of a ParameterList, a ParameterDict or a plain
+    Module, perhaps within lists of modules."""
+    if type(module).forward is not nn.Module.forward:
+        return False
+    return any(True for _ in module.parameters(recurse=False)) or any(map(_never_runs, module.children()))
 
 
 def _is_leaf(module: nn.Module, uses: Counter[nn.Parameter], tables: set[torch.Size]) -> bool:

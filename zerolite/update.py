@@ -309,28 +309,38 @@ def clone(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> tor
     return twin
 
 
-def _probe(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state an element, from two steps on a small matrix; raises where a cut of it is updated differently."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(8, 16, generator=generator)
-    grads = [torch.randn(8, 16, generator=generator) for _ in range(3)]
-    name = type(optimizer).__name__
+_LEAST_LR = 1e-3  # below it, as a warm-up begins, a probe could see nothing move
 
-    def run(cut: Callable[[Tensor], list[Tensor]]) -> tuple[Tensor, torch.optim.Optimizer]:
-        parts = [torch.nn.Parameter(part.clone()) for part in cut(start)]
-        twin = clone(optimizer, [{**optimizer.param_groups[0], "params": parts}])
-        for part in parts:
-            if optimizer.state:  # some optimizers fill it when they are built
-                twin.state[part] = _initial_state(optimizer, part)
+
+def _probe(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state an element, from steps on a small matrix with the options of each group (the first one's count); raises
+    where a cut of it is updated differently, or in a step of its own, as another bucket's or rank's."""
+    first, *_ = [_probe_group(optimizer, group) for group in optimizer.param_groups]
+    return first
+
+
+def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int:
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(8, 16, generator=generator, dtype=torch.float32) for _ in range(4))
+    name = type(optimizer).__name__
+    lr = group.get("lr")
+    if lr is not None and abs(float(lr)) < _LEAST_LR:
+        group = {**group, "lr": torch.full_like(lr, 1e-2) if isinstance(lr, Tensor) else 1e-2}
+
+    def run(start: Tensor, grads: list[Tensor]) -> tuple[Tensor, torch.optim.Optimizer]:
+        part = torch.nn.Parameter(start.clone())
+        twin = clone(optimizer, [{**group, "params": [part]}])
+        if optimizer.state:  # some optimizers fill it when they are built
+            twin.state[part] = _initial_state(optimizer, part)
         for grad in grads:
-            for part, value in zip(parts, cut(grad), strict=True):
-                part.grad = value.clone()
+            part.grad = grad.clone()
             twin.step()
-        return torch.cat([part.detach().reshape(-1) for part in parts]), twin
+        return part.detach().reshape(-1), twin
 
     try:
-        whole, twin = run(lambda t: [t])
-        pieces, _ = run(lambda t: list(t.reshape(-1).split(64)))
+        whole, twin = run(start, grads)
+        cut = [t.reshape(-1).split(64) for t in (start, *grads)]
+        pieces = torch.cat([run(piece, list(values))[0] for piece, *values in zip(*cut, strict=True)])
     except Exception as error:
         raise NotImplementedError(
             f"{name}: its step cannot run on a flat piece of a parameter ({str(error).splitlines()[0]}), and zerolite cuts "
@@ -341,9 +351,7 @@ def _probe(optimizer: torch.optim.Optimizer) -> int:
             f"{name}: its update of an element depends on other elements of the parameter, which other ranks hold. "
             "Use an elementwise optimizer (Adam, AdamW, SGD, ...)."
         )
-    before, after = (
-        {k: repr(v) for k, v in groups[0].items() if k != "params"} for groups in (optimizer.param_groups, twin.param_groups)
-    )
+    before, after = ({k: repr(v) for k, v in options.items() if k != "params"} for options in (group, twin.param_groups[0]))
     changed = [key for key in after if after[key] != before.get(key)]
     if changed:
         raise NotImplementedError(
@@ -357,7 +365,8 @@ def _probe(optimizer: torch.optim.Optimizer) -> int:
 
 def _initial_state(optimizer: torch.optim.Optimizer, part: Tensor) -> dict[str, Any]:
     """The state that the optimizer gave its first parameter, for a parameter of another shape."""
-    p, state = next(iter(optimizer.state.items()))
+    known = list(optimizer.state.items())
+    p, state = next(((p, state) for p, state in known if p.dim() > 0 and p.numel() > 0), known[0])
     return {
         name: torch.full_like(part, float(value.reshape(-1)[0]), requires_grad=False)
         if isinstance(value, Tensor) and value.shape == p.shape and value.numel() > 0 and name != "step"
