@@ -895,3 +895,41 @@ def test_writing_to_the_dicts_of_states_says_that_it_does_nothing():
             write()
     optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
     assert optimizer.state[model.weight] == {} and all(not bool(m.any()) for m in optimizer._trained[0].state.tensors())
+
+
+def given(model, optimizer, how):
+    """Loops whose added gradients somebody else has too."""
+    x, g = torch.full((8, 8), 2.0), torch.ones(8, 8)
+    if how == "shared":
+        ((model.a + model.b) * x).sum().backward()
+        optimizer.zero_grad(set_to_none=False)
+        ((model.a + model.b) * x).sum().backward()
+        model.a.grad = None
+    elif how == "clipped between":
+        ((model.a + model.b) * x).sum().backward()
+        optimizer.zero_grad(set_to_none=False)
+        ((model.a + model.b) * x).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ((model.a + model.b) * x).sum().backward()
+    else:
+        for k in (1.0, 2.0):
+            (model.a.t() + 0.0 if how == "view" else model.a + 0.0).backward(g.fill_(k))
+        g.fill_(100.0)
+    optimizer.step()
+
+
+@stages
+@pytest.mark.parametrize("how", ["shared", "clipped between", "buffer", "view"])
+@pytest.mark.parametrize("bucket_mb", [1e-6, 25])
+def test_added_gradients_that_others_have_too(stage, how, bucket_mb):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.zeros(8, 8)) for _ in range(3))
+
+    ours, plain = Two(), Two()
+    optimizer = sgd(ours, stage, bucket_mb=bucket_mb)
+    given(ours, optimizer, how)
+    given(plain, torch.optim.SGD(plain.parameters(), lr=1.0), how)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], msg=name)

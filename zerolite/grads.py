@@ -15,7 +15,7 @@ from zerolite.entry import HELD, NONE, USED, Entry
 from zerolite.lazy_grad import LazyGrad
 from zerolite.norm import gradient_norms
 from zerolite.reducer import History, Reducer, grads_of
-from zerolite.views import Views
+from zerolite.views import Views, owned
 
 _strided = torch.strided
 _grad = attrgetter("grad")
@@ -158,6 +158,7 @@ class Grads:
                 )
             handle, grad = grad, grad.incoming
             handle.incoming = None
+            grad = None if grad is None else owned(grad)
         elif grad is not None:
             if entry.live:
                 self.drop(entry)  # p.grad was set to None in between (model.zero_grad())

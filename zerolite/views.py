@@ -87,6 +87,17 @@ class _Followed(threading.local):
 followed = _Followed()
 
 
+def owned(values: Tensor) -> Tensor:
+    """What autograd has added, or a copy of it where somebody else may have it too: the caller of backward(), or another
+    parameter. (It makes that copy itself of what it puts into p.grad, but gives away what it adds.)"""
+    if type(values) is not Tensor or values.layout is not torch.strided:
+        return values
+    count = getattr(Tensor, "_use_count", lambda _: 0)
+    base = values._base
+    alone = _holders(values) == 2 if base is None else _holders(values) == 3 and count(base) == 2
+    return values if alone and count(values) == 1 else values.clone()
+
+
 def _holders(values: Tensor) -> float:
     """How many tensors use the memory; NaN, which equals nothing, where torch does not tell: then it is kept until the step."""
     count = getattr(torch._C, "_storage_Use_Count", None)
