@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import zerolite
+from zerolite import cli
 from zerolite.comm.local import LocalComm
 from zerolite.values import copy_the_rest
 
@@ -933,3 +934,50 @@ def test_added_gradients_that_others_have_too(stage, how, bucket_mb):
     given(plain, torch.optim.SGD(plain.parameters(), lr=1.0), how)
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_second_optimizer_for_the_same_parameters_asks_for_the_first_to_go(stage):
+    model = seeded(lambda: nn.Linear(4, 4))
+    first = sgd(model, stage)
+    with pytest.raises(ValueError, match=r"'weight'.*another trains already\. Call its remove_hooks\(\) first"):
+        sgd(model, stage)
+    first.remove_hooks()
+    second = sgd(model, stage)
+    model(torch.ones(2, 4)).sum().backward()
+    second.step()
+    assert second.skipped_steps == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("change", [nn.Module.bfloat16, nn.Module.double])
+def test_another_dtype_after_wrapping_is_named(stage, change):
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
+    optimizer = sgd(model, stage)
+    with pytest.raises(RuntimeError, match=r"its storage was replaced \(p\.data = \.\.\., model\.to\(\.\.\.\)"):
+        change(model)
+        model(torch.ones(2, 4, dtype=next(model.parameters()).dtype)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"stage": 3, "units": nn.Linear}, r"units: expected a list of nn\.Module classes such as \[TransformerBlock\], got"),
+        ({"stage": 3, "units": []}, r"units: expected a list of nn\.Module classes"),
+        ({"bucket_mb": "25"}, "bucket_mb: expected more than 0, and finite, got '25'"),
+        ({"bucket_mb": None}, "bucket_mb: expected more than 0, and finite, got None"),
+        ({"moments": ["int8"]}, r"moments: expected one of 'fp32', 'bf16', 'int8', got \['int8'\]"),
+    ],
+)
+def test_options_of_another_type_are_named(options, message):
+    model = nn.Linear(4, 4)
+    with pytest.raises((TypeError, ValueError), match=message):
+        zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, **options)
+
+
+def test_a_plan_of_a_count_asks_for_no_batch(capsys):
+    assert cli.main(["plan", "--params", "7B", "--batch", "4x1024"]) == 2
+    assert "--batch: expected a name or --config, whose model can run, got --params" in capsys.readouterr().err
+    cli.main(["plan", "--params", "1M"])
+    assert "Activations are not counted.\n" in capsys.readouterr().out

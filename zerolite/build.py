@@ -18,7 +18,7 @@ from zerolite.comm import Comm
 from zerolite.comm.lane import LaneSpec
 from zerolite.comm.pinned import connect
 from zerolite.comm.shared import SharedComm, share_host
-from zerolite.entry import Entry
+from zerolite.entry import TRAINED, Entry
 from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import affinity, core_share, trim_heap
@@ -112,6 +112,8 @@ class Built:
                 self.schedule.hold()
         self.updates.close()
         self.hooks.remove()
+        for entry in self.entries:
+            TRAINED.pop(entry.param, None)
 
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""
@@ -272,6 +274,7 @@ def _train(buckets: list[Bucket], checked: Checked, reducer: Reducer, staging: S
 
 def _listen(built: Built, entry: Entry) -> None:
     """The handle and the hook of a trained parameter."""
+    TRAINED[entry.param] = weakref.ref(built)
     built.grads.make_handle(entry)
     wanted = entry.param.requires_grad  # a hook stays while it changes, but cannot be registered without
     entry.param.requires_grad_(True)

@@ -12,7 +12,7 @@ from zerolite.buffer import Link, link_for
 from zerolite.comm import Comm
 from zerolite.comm.ledger import RankError
 from zerolite.dtypes import is_dense
-from zerolite.entry import Entry, Table
+from zerolite.entry import TRAINED, Entry, Table
 from zerolite.meta import Recipes
 from zerolite.options import check_bucket_mb, check_update
 from zerolite.partition import (
@@ -107,6 +107,11 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
         wanted = list(model.parameters())
     for p in wanted:
+        if (owner := TRAINED.get(p)) is not None and owner() is not None:
+            raise ValueError(
+                f"parameter '{names[p]}': expected one that no ZeroOptimizer trains, got one that another trains already. Call "
+                "its remove_hooks() first, on every rank."
+            )
         check_parameter(names[p], p, device, model is not None and p in owned)
         if p not in groups and p.requires_grad:
             raise ValueError(

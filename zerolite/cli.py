@@ -96,6 +96,8 @@ def _plan(args: argparse.Namespace) -> int:
     device = args.device or ("cpu" if limits.device is None else "cuda")
     if device == "cpu" and limits.device is not None:
         raise ValueError("--device-mem: expected --device cuda, got cpu, where all memory is --host-mem")
+    if args.batch is not None and args.params is not None:
+        raise ValueError("--batch: expected a name or --config, whose model can run, got --params")
     source = args.model if args.config is None else Path(args.config)
     if isinstance(source, Path) and not source.exists():
         raise ValueError(f"--config: expected the path of a config.json or of its folder, found nothing at {args.config!r}")
@@ -122,7 +124,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_json(question, what, limits, shown, best), indent=1))
     else:
-        print(_text(question, what, limits, shown, best))
+        print(_text(question, what, limits, shown, best, counted=args.params is not None))
     return 0 if best is not None else 1
 
 
@@ -144,7 +146,7 @@ def size_text(value: int) -> str:
     raise AssertionError
 
 
-def _text(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None) -> str:
+def _text(question: Question, what: str, limits: Limits, shown: list[Candidate], best: Candidate | None, counted: bool) -> str:
     setting, world = question.setting, question.world
     on_cpu = setting.device == "cpu"
     limit = [f"{name} {size_text(v)}" for name, v in (("device", limits.device), ("host", limits.host)) if v is not None]
@@ -172,7 +174,8 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
     if not on_cpu:
         lines.append("GPU rows are a forecast: nothing was measured on a GPU yet, and its rates are assumed (ZEROLITE_RATES).")
     if setting.activations is None:
-        lines.append("Activations are not counted (--batch 4x1024 adds them).")
+        runs = "" if counted else " (--batch 4x1024 adds them)"
+        lines.append(f"Activations are not counted{runs}.")
     if best is None:
         return "\n".join(
             [*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller; smaller batches, the activations."]

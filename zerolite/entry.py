@@ -8,6 +8,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from zerolite.bucket import Bucket
@@ -59,6 +60,10 @@ class Table:
         """One state for all, without factors."""
         self.state[:] = [state] * len(self.state)
         self.factors[:] = [1.0] * len(self.factors)
+
+
+#: Who trains a parameter, for as long as that lives and has not been closed.
+TRAINED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Entry:

@@ -15,6 +15,7 @@ from zerolite.bucket import Bucket, Entry
 from zerolite.grads import Grads
 from zerolite.reducer import grads_of
 from zerolite.unit import Schedule, Unit
+from zerolite.writes import check_storage
 
 Input = tuple[Tensor, Any]  # of a forward, and the node of the graph that it came from
 _task = torch._C._current_graph_task_id
@@ -164,18 +165,23 @@ def listen(bucket: Bucket, grads: Grads) -> Callable[[int, Tensor], None]:
         index = rows[slot]
         grad: Any = param.grad
         plain = type(grad) is Tensor and state[index] < 0 and arrivals.task == _task() and grad.layout is _strided
-        if plain:
-            state[index] = arrivals.task
-            arrived[slot] = grad
-            param.grad = handles[index]
-            if len(arrived) < arrivals.wanted:
-                return
-        if (known := owner()) is None or (home := weak()) is None:
-            arrived.clear()  # of a backward that failed
-        elif plain:
-            known.filled(home.entries[slot])
-        else:
-            known.arrive(home.entries[slot], param)
+        try:
+            if plain:
+                state[index] = arrivals.task
+                arrived[slot] = grad
+                param.grad = handles[index]
+                if len(arrived) < arrivals.wanted:
+                    return
+            if (known := owner()) is None or (home := weak()) is None:
+                arrived.clear()  # of a backward that failed
+            elif plain:
+                known.filled(home.entries[slot])
+            else:
+                known.arrive(home.entries[slot], param)
+        except RuntimeError:
+            if (changed := weak()) is not None:
+                check_storage(changed)  # says more than that the dtype of a handle is not the parameter's any more
+            raise
 
     return hook
 

@@ -81,7 +81,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "offload": offload,
             "param_dtype": param_dtype,
             "moments": moments,
-            "units": tuple(units) if units is not None else None,
+            "units": tuple(units) if isinstance(units, Iterable) else units,
             "bucket_mb": bucket_mb,
             "overlap": overlap,
             "update": update,

@@ -40,9 +40,9 @@ def check_resident(resident: object, offload: object) -> float:
     return float(resident)
 
 
-def check_bucket_mb(value: float) -> None:
+def check_bucket_mb(value: object) -> None:
     """Raises ValueError for what is no size of a bucket."""
-    if not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"bucket_mb: expected more than 0, and finite, got {value!r}")
 
 

@@ -40,9 +40,9 @@ def find_units(
     With `classes` there is none: they alone are units.
     Raises TypeError where `classes` holds something else than module classes, ValueError where none occurs.
     """
-    chosen = tuple(classes) if classes is not None else None
-    if chosen is not None and not all(isinstance(c, type) and issubclass(c, nn.Module) for c in chosen):
-        raise TypeError(f"units: expected nn.Module classes such as [TransformerBlock], got {chosen!r}")
+    chosen = tuple(classes) if isinstance(classes, Iterable) else None
+    if classes is not None and not (chosen and all(isinstance(c, type) and issubclass(c, nn.Module) for c in chosen)):
+        raise TypeError(f"units: expected a list of nn.Module classes such as [TransformerBlock], got {classes!r}")
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     tables = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     units: list[UnitSpec] = []

@@ -287,8 +287,8 @@ class Reducer:
         if int(agreed[7]) != -int(agreed[8]):
             raise ValueError(
                 "gradients were scaled by different factors on different ranks, or between other backwards. Clip and unscale "
-                "the same parameters on every rank, at the same moment; after no_sync() alone a rank has no p.grad of what only "
-                "others use: run the last backward before clipping without it. No state was changed."
+                "the same parameters on every rank, at the same moment; after no_sync() alone a rank has no p.grad of what "
+                "only others use: run the last backward before clipping without it. No state was changed."
             )
         self.suspect.fill_(agreed[2])
         self.open, self.local = bool(agreed[3]), bool(agreed[4])

@@ -56,8 +56,8 @@ def save_pretrained(
     built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
     problem: Exception | None = None
     try:
-        if file_bytes < 1:
-            raise ValueError(f"file_bytes: expected at least 1, got {file_bytes!r}")
+        if not isinstance(file_bytes, int) or file_bytes < 1:
+            raise ValueError(f"file_bytes: expected a whole number, at least 1, got {file_bytes!r}")
         at_rest(built, "save_pretrained")
         for bucket in built.buckets:
             bucket.keep_writes(quiet=True)  # which raises where a released parameter was written to

@@ -271,7 +271,7 @@ def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32") -> Rule:
 
     Raises NotImplementedError where its update is not elementwise, ValueError where it has no such moments.
     """
-    if moments not in MOMENTS:
+    if not isinstance(moments, str) or moments not in MOMENTS:
         raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
     for group in optimizer.param_groups:
         _check_options(type(optimizer).__name__, group)
