@@ -16,6 +16,7 @@ LAYERS = {
     "parts": 0,
     "placement": 0,
     "records": 0,
+    "shown": 0,
     "host": 1,
     "partition": 1,
     "buffer": 1,

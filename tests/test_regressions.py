@@ -13,6 +13,7 @@ from ranks import on_processes, on_threads
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map
 
 import zerolite
 from zerolite import cli
@@ -877,7 +878,7 @@ def test_pruning_an_optimizer_s_model(stage):
         torch.testing.assert_close(ours[name], value, msg=name)
 
 
-def test_writing_to_the_dicts_of_states_says_that_it_does_nothing():
+def test_writing_to_the_dicts_of_states_says_that_it_does_nothing(tmp_path):
     model = seeded(lambda: nn.Linear(4, 1))
     optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), model)
     assert optimizer.state[model.weight] == {}
@@ -894,6 +895,14 @@ def test_writing_to_the_dicts_of_states_says_that_it_does_nothing():
     ):
         with pytest.raises(RuntimeError, match=r"load_state_dict\(\.\.\.\), to begin anew one with 'state': \{\}"):
             write()
+    for values in state.values():
+        for name, value in values.items():
+            values[name] = value.to("cpu") if isinstance(value, torch.Tensor) else value
+    state[model.weight] = {name: value.clone() for name, value in state[model.weight].items()}
+    assert tree_map(torch.clone, state[model.weight]).keys() == state[model.weight].keys()
+    torch.save(dict(state[model.weight]) | {"all": list(state.values())}, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert torch.equal(loaded["all"][0]["exp_avg"], state[model.weight]["exp_avg"])
     optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
     assert optimizer.state[model.weight] == {} and all(not bool(m.any()) for m in optimizer._trained[0].state.tensors())
 
@@ -981,3 +990,63 @@ def test_a_plan_of_a_count_asks_for_no_batch(capsys):
     assert "--batch: expected a name or --config, whose model can run, got --params" in capsys.readouterr().err
     cli.main(["plan", "--params", "1M"])
     assert "Activations are not counted.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, b: torch.optim.Adam([{"params": [w]}, {"params": [b], "amsgrad": True}]),
+        lambda w, b: torch.optim.RMSprop([{"params": [w]}, {"params": [b], "centered": True, "momentum": 0.9}]),
+    ],
+)
+def test_groups_with_other_states_than_the_first(make):
+    model = nn.Linear(8, 8)
+    inner = make(model.weight, model.bias)
+    model(torch.ones(2, 8)).sum().backward()
+    inner.step()
+    inner.zero_grad()
+    optimizer = zerolite.ZeroOptimizer(inner, model)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+def test_an_optimizer_that_is_gone_is_in_nobodys_way():
+    model = seeded(lambda: nn.Linear(4, 4))
+    for _ in range(2):  # as a phase of a training that builds its own
+        optimizer = sgd(model, 2)
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del optimizer
+
+
+@stages
+def test_a_handle_that_was_kept_beside_a_step_without_gradients(stage):
+    model = seeded(lambda: nn.Linear(8, 8, bias=False))
+    optimizer = sgd(model, stage)
+    model(torch.ones(2, 8)).sum().backward()
+    kept, model.weight.grad = model.weight.grad, None
+    optimizer.step()
+    (3 * model(torch.ones(2, 8)).sum()).backward()
+    with pytest.raises(RuntimeError, match="earlier gradient"):
+        kept.clone()
+
+
+class Chosen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+        self.forward = self.fast
+
+    def fast(self, x):
+        return x @ self.weight
+
+
+def test_a_forward_of_the_instance_makes_a_unit():
+    model = nn.Sequential(Chosen(), Chosen())
+    optimizer = sgd(model, 3)
+    assert [unit.name for unit in optimizer._parts.schedule.units] == ["0", "1"]
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,7 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
         wanted = list(model.parameters())
     for p in wanted:
-        if (owner := TRAINED.get(p)) is not None and owner() is not None:
+        if _trained(p) and (gc.collect() or True) and _trained(p):  # of one that nobody holds cycles may be left
             raise ValueError(
                 f"parameter '{names[p]}': expected one that no ZeroOptimizer trains, got one that another trains already. Call "
                 "its remove_hooks() first, on every rank."
@@ -121,6 +122,11 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
     _check_memory({p: names[p] for p in (*wanted, *(model.parameters() if model is not None else ()))})
     table = Table()
     return [table.add(names[p], p, groups.get(p)) for p in wanted], device
+
+
+def _trained(p: nn.Parameter) -> bool:
+    owner = TRAINED.get(p)
+    return owner is not None and owner() is not None
 
 
 def _check_memory(names: dict[nn.Parameter, str]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
-from operator import and_, attrgetter, is_, is_not
+from operator import and_, attrgetter, is_, is_not, not_
 
 import torch
 from torch import Tensor
@@ -297,6 +297,8 @@ class Grads:
             elif entry.handle is not None:
                 self.assign(entry, grad)
                 replaced.append(entry.index)
+        if replaced:
+            self._renew(list(map(not_, present)))
         return present, replaced
 
     def settle_step(self) -> list[bool]:

@@ -24,6 +24,7 @@ from zerolite.comm.group import make_comm
 from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
+from zerolite.shown import Shown
 from zerolite.whole import full_params, kept_writes
 from zerolite.writes import targets
 
@@ -102,7 +103,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
         if optimizer.state:
-            self._load(optimizer.state_dict())
+            try:
+                self._load(optimizer.state_dict())
+            except Exception:
+                built.close()
+                raise
             optimizer.state.clear()
 
     # ---- the step
@@ -252,14 +257,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 for number, piece in enumerate(bucket.pieces):
                     entry = bucket.entries[piece.slot]
                     if entry.steps > 0:
-                        found[entry.param] = _Shown(checkpoint.read_piece(bucket, number, piece, entry))
-        return _Shown(found)
+                        found[entry.param] = Shown(checkpoint.read_piece(bucket, number, piece, entry))
+        return Shown(found)
 
     @state.setter
     def state(self, value: Any) -> None:
         """torch.optim.Optimizer assigns an empty dict when it is built; states live in buckets."""
         if self._built is not None:
-            _Shown._refuse()
+            Shown.refuse()
 
     def memory(self) -> Memory:
         """Bytes at rest by term, as planned and as live now."""
@@ -367,22 +372,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("ZeroOptimizer cannot be pickled or copied: it belongs to a process group. Save state_dict().")
-
-
-class _Shown(dict[Any, Any]):
-    """States as they are shown: a dict that says that nobody reads what is put into it. Parameters without one have {}."""
-
-    @staticmethod
-    def _refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError(
-            "optimizer.state: it shows what the optimizer holds, and writing to it would change nothing. Load states with "
-            "optimizer.load_state_dict(...), to begin anew one with 'state': {}; fp32 moments can be changed in place."
-        )
-
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
-
-    def __missing__(self, _: Any) -> dict[Any, Any]:
-        return _Shown()
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from zerolite.layout import Layout
 
@@ -42,7 +43,7 @@ def check_resident(resident: object, offload: object) -> float:
 
 def check_bucket_mb(value: object) -> None:
     """Raises ValueError for what is no size of a bucket."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"bucket_mb: expected more than 0, and finite, got {value!r}")
 
 

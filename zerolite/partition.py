@@ -83,7 +83,7 @@ def find_units(
 def _never_runs(module: nn.Module) -> bool:
     """Whether parameters are used without a forward that could gather them: of a ParameterList, a ParameterDict or a plain
     Module, perhaps within lists of modules."""
-    if type(module).forward is not nn.Module.forward:
+    if type(module).forward is not nn.Module.forward or "forward" in vars(module):
         return False
     return any(True for _ in module.parameters(recurse=False)) or any(map(_never_runs, module.children()))
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def save_pretrained(
     built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
     problem: Exception | None = None
     try:
-        if not isinstance(file_bytes, int) or file_bytes < 1:
+        if not isinstance(file_bytes, Integral) or file_bytes < 1:
             raise ValueError(f"file_bytes: expected a whole number, at least 1, got {file_bytes!r}")
         at_rest(built, "save_pretrained")
         for bucket in built.buckets:

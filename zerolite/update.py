@@ -330,8 +330,9 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
     def run(start: Tensor, grads: list[Tensor]) -> tuple[Tensor, torch.optim.Optimizer]:
         part = torch.nn.Parameter(start.clone())
         twin = clone(optimizer, [{**group, "params": [part]}])
-        if optimizer.state:  # some optimizers fill it when they are built
-            twin.state[part] = _initial_state(optimizer, part)
+        known = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
+        if known:  # it has stepped; some optimizers fill it when they are built
+            twin.state[part] = _initial_state(known, part)
         for grad in grads:
             part.grad = grad.clone()
             twin.step()
@@ -363,9 +364,8 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
     return sum(sizes) // start.numel()
 
 
-def _initial_state(optimizer: torch.optim.Optimizer, part: Tensor) -> dict[str, Any]:
-    """The state that the optimizer gave its first parameter, for a parameter of another shape."""
-    known = list(optimizer.state.items())
+def _initial_state(known: list[tuple[Tensor, dict[str, Any]]], part: Tensor) -> dict[str, Any]:
+    """The state that an optimizer gave the first parameter of a group, for a parameter of another shape."""
     p, state = next(((p, state) for p, state in known if p.dim() > 0 and p.numel() > 0), known[0])
     return {
         name: torch.full_like(part, float(value.reshape(-1)[0]), requires_grad=False)

@@ -90,8 +90,9 @@ class _Store:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
-    def ask(self, call: Callable[[dist.Store], _T]) -> _T | None:
-        """call(store); None where the store or the group is gone, or no answer comes in PATIENCE seconds."""
+    def ask(self, call: Callable[[dist.Store], _T], undo: Callable[[dist.Store], None] | None = None) -> _T | None:
+        """call(store); None where the store or the group is gone, or no answer comes in PATIENCE seconds. What is done later
+        all the same is undone."""
         if self._thread is not None and self._thread.is_alive():
             return None
         try:
@@ -99,14 +100,18 @@ class _Store:
         except (RuntimeError, ValueError):
             return None
         answers: list[_T] = []
+        late = threading.Event()
 
         def run() -> None:
             with contextlib.suppress(RuntimeError, ValueError):  # its host is gone: the collective itself reports that
                 answers.append(call(store))
+                if late.is_set() and undo is not None:
+                    undo(store)
 
         self._thread = threading.Thread(target=run, name="zerolite-store", daemon=True)
         self._thread.start()
         self._thread.join(PATIENCE)
+        late.set()
         return answers[0] if answers else None
 
 
@@ -246,7 +251,7 @@ class GroupComm:
             store.set(keys[self.rank], f"{order}|{what}")
             return [store.get(key).decode() for key in keys] if store.check(keys) else []
 
-        posted = self.store.ask(look) or []
+        posted = self.store.ask(look, undo=self._take_back) or []
         if "" in posted:  # of a rank that waits no longer
             return []
         if posted == before and len(set(posted)) > 1:
@@ -263,7 +268,10 @@ class GroupComm:
 
     def retract(self) -> None:
         """Takes this rank's post back: it no longer waits. (A key that is gone would make others wait for it.)"""
-        self.store.ask(lambda store: store.set(self._post(self.rank), ""))
+        self.store.ask(self._take_back)
+
+    def _take_back(self, store: dist.Store) -> None:
+        store.set(self._post(self.rank), "")
 
     def _post(self, rank: int) -> str:
         return f"zerolite/{'-'.join(map(str, self.members))}{self.tag}/{rank}"
