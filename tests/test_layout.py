@@ -136,7 +136,7 @@ def test_units_of_given_classes_and_tied_parameters():
     assert "blocks.0.up.weight" in unit_names(model)["root"]
     with pytest.raises(ValueError, match="no module of class Conv2d"):
         find_units(model, [nn.Conv2d])
-    with pytest.raises(TypeError, match=r"expected nn\.Module classes"):
+    with pytest.raises(TypeError, match=r"expected a list of nn\.Module classes"):
         find_units(model, ["Block"])
 
 

@@ -254,7 +254,7 @@ def test_the_command_line_says_what_is_wrong(capsys):
         (["--params", "7e9", "--bucket-mb", "inf"], "bucket_mb: expected more than 0, and finite"),
         (["--config", "gpt2"], "--config: expected the path of a config.json or of its folder, found nothing at 'gpt2'"),
         (["--params", "7e9", "--host-mem", "1Q"], "--host-mem: expected a size"),
-        (["--params", "7e9", "--batch", "4"], "--batch: expected rows x length"),
+        (["gpt2", "--batch", "4"], "--batch: expected rows x length"),
         (["no-such-model"], "expected an nn.Module"),
     ]:
         assert cli.main(["plan", *arguments]) == 2

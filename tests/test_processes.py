@@ -305,8 +305,9 @@ def test_a_stuck_rank_is_an_error_within_the_timeout(env):
 
 
 def ask_a_store_that_does_not_answer(rank):
-    from zerolite.comm.group import GroupComm
+    from zerolite.comm import group
 
+    group.PATIENCE, GroupComm = 1.0, group.GroupComm
     comm = GroupComm(None)
     start = time.monotonic()
     found = [comm.store.ask(lambda store: time.sleep(60) or "late"), comm.store.ask(lambda store: "now")]
@@ -322,7 +323,7 @@ def ask_a_store_that_does_not_answer(rank):
 
 def test_a_store_that_does_not_answer_holds_nobody_up():
     """Its host is stopped, not dead: no timeout of the store's clients applies."""
-    for found, seconds, post in on_processes(2, ask_a_store_that_does_not_answer, env={"ZEROLITE_PATIENCE": "1"}):
+    for found, seconds, post in on_processes(2, ask_a_store_that_does_not_answer):
         assert found == [None, None, 1] and seconds < 10 and post == ""
 
 

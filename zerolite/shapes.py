@@ -74,6 +74,13 @@ def parse_count(value: Any) -> int:
     return int(count)
 
 
+class _Block(nn.Module):
+    """A block of `Counted`: it stands for one that runs."""
+
+    def forward(self, *_: Any) -> Any:
+        raise NotImplementedError("a count of parameters cannot run")
+
+
 class Counted(nn.Module):
     """`count` parameters in the proportions of a transformer: blocks of 4 + 8 parts, and a twentieth in the embedding."""
 
@@ -84,7 +91,7 @@ class Counted(nn.Module):
         self.embed = nn.Parameter(torch.empty(count - 12 * part * blocks, device="meta"))
         self.blocks = nn.ModuleList()
         for _ in range(blocks if part else 0):
-            block = nn.Module()
+            block = _Block()
             for number, parts in enumerate((1, 1, 1, 1, 4, 4)):
                 block.register_parameter(f"weight_{number}", nn.Parameter(torch.empty(parts * part, device="meta")))
             self.blocks.append(block)
