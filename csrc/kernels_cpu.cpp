@@ -100,20 +100,22 @@ void average_plain(float* g, const Sources& s, int64_t at, int64_t n) {
   for (int64_t i = 0; i < n; ++i) g[i] = plain(g[i]);
 }
 
-// A piece of the update, of each dtype of parameters. n is kPiece, which loops then know, or less. Values are in locals in
-// between: what is stored could else be another stream, as far as the compiler can tell here.
+// Elements [0, n) of fp32 parameters or masters. Values are in locals in between: what is stored could else be another stream,
+// as far as the compiler can tell here.
+ZL_FN void adam_masters(float* p, float* m, float* v, const float* g, const AdamRow& r, int64_t n) {
+  ahead(p), ahead(m), ahead(v);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    float p_ = p[i], m_ = m[i], v_ = v[i];
+    adam(g[i], p_, m_, v_, r, root);
+    p[i] = p_, m[i] = m_, v[i] = v_;
+  }
+}
+
+// A piece of the update, of each dtype of parameters. n is kPiece, which loops then know, or less.
 struct AdamFloat {
   ZL_METHOD void operator()(const AdamTensors& t, const float* g, const AdamRow& r, int64_t at, int64_t n) const {
-    float* const p = static_cast<float*>(t.param) + at;
-    float* const m = t.m + at;
-    float* const v = t.v + at;
-    ahead(p), ahead(m), ahead(v);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      float p_ = p[i], m_ = m[i], v_ = v[i];
-      adam(g[i], p_, m_, v_, r, root);
-      p[i] = p_, m[i] = m_, v[i] = v_;
-    }
+    adam_masters(static_cast<float*>(t.param) + at, t.m + at, t.v + at, g, r, n);
   }
 };
 struct AdamSplit {
@@ -136,15 +138,8 @@ struct AdamHalf {
   ZL_METHOD void operator()(const AdamTensors& t, const float* g, const AdamRow& r, int64_t at, int64_t n) const {
     half* const param = static_cast<half*>(t.param) + at;
     float* const master = static_cast<float*>(t.rest) + at;
-    float* const m = t.m + at;
-    float* const v = t.v + at;
-    ahead(param), ahead(master), ahead(m), ahead(v);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      float p_ = master[i], m_ = m[i], v_ = v[i];
-      adam(g[i], p_, m_, v_, r, root);
-      master[i] = p_, m[i] = m_, v[i] = v_;
-    }
+    ahead(param);
+    adam_masters(master, t.m + at, t.v + at, g, r, n);
     narrow_all(param, master, n);
   }
 };

@@ -68,7 +68,7 @@ def test_pool_and_flags_have_no_race(tmp_path):
 
 
 def test_an_index_too_far_is_found(tmp_path):
-    right = "for (int64_t i = 0; i < n; ++i) {\n      float p_ = p[i]"
+    right = "for (int64_t i = 0; i < n; ++i) {\n    float p_ = p[i]"
     copy = broken(tmp_path, "kernels_cpu.cpp", right, right.replace("<", "<="))
     result = run(build(tmp_path, copy, MEMORY), "kernels")
     assert result.returncode != 0 and "overflow" in result.stderr
