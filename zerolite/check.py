@@ -108,7 +108,9 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
         wanted = list(model.parameters())
     for p in wanted:
-        if _trained(p) and (gc.collect() or True) and _trained(p):  # of one that nobody holds cycles may be left
+        if _trained(p):
+            gc.collect()  # of an optimizer that nobody holds, cycles may be left
+        if _trained(p):
             raise ValueError(
                 f"parameter '{names[p]}': expected one that no ZeroOptimizer trains, got one that another trains already. Call "
                 "its remove_hooks() first, on every rank."

@@ -25,12 +25,10 @@ class Shown(dict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         known = self.get(key)
-        same = known is value or (isinstance(known, Tensor) and isinstance(value, Tensor) and torch.equal(known, value))
-        if not same and isinstance(known, dict) and isinstance(value, dict) and known.keys() == value.keys():
+        if isinstance(known, dict) and isinstance(value, dict) and known.keys() == value.keys():
             for name, item in value.items():
                 known[name] = item
-            return
-        if not same:
+        elif not (known is value or (isinstance(known, Tensor) and isinstance(value, Tensor) and torch.equal(known, value))):
             self.refuse()
 
     def __missing__(self, _: Any) -> dict[Any, Any]:

@@ -327,10 +327,11 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
     if lr is not None and abs(float(lr)) < _LEAST_LR:
         group = {**group, "lr": torch.full_like(lr, 1e-2) if isinstance(lr, Tensor) else 1e-2}
 
+    known = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
+
     def run(start: Tensor, grads: list[Tensor]) -> tuple[Tensor, torch.optim.Optimizer]:
         part = torch.nn.Parameter(start.clone())
         twin = clone(optimizer, [{**group, "params": [part]}])
-        known = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
         if known:  # it has stepped; some optimizers fill it when they are built
             twin.state[part] = _initial_state(known, part)
         for grad in grads:
