@@ -22,5 +22,12 @@ ZL_FN void ahead(const T* p) {
   for (uintptr_t k = 0; k < kPiece * sizeof(T); k += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + k));
 }
 
+// The same of all sources, whose elements are T: of so many that what is asked for stays in the cache.
+template <class T>
+ZL_FN void ahead_of(const Sources& s, int64_t at) {
+  if (s.count > kFew) return;
+  for (int k = 0; k < s.count; ++k) ahead(static_cast<const T*>(s.data[k]) + at);
+}
+
 }  // namespace
 }  // namespace zerolite

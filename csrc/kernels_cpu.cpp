@@ -73,12 +73,12 @@ ZL_FN void average_half(float* __restrict g, const Sources& s, int64_t at, int64
   widen_all(g, rounded, n);
 }
 
-// In pieces, with requests for the same of what comes later: of so many sources that what is asked for stays in the cache.
+// In pieces, with requests for the same of what comes later.
 template <class G>
 void average_pieces(float* g, const Sources& s, int64_t at, int64_t n) {
   int64_t k = 0;
   for (; k + kPiece <= n; k += kPiece) {
-    for (int i = 0; i < s.count && s.count <= kFew; ++i) ahead(static_cast<const G*>(s.data[i]) + at + k);
+    ahead_of<G>(s, at + k);
     average<G>(g + k, s, at + k, kPiece);
   }
   average<G>(g + k, s, at + k, n - k);

@@ -281,7 +281,7 @@ ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
   const Ints one = all(1), below_half = all(0x7fffu), nan = all(kNan), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
-  for (int k = 0; k < s.count && s.count <= kFew; ++k) ahead(from[k] + at);
+  ahead_of<uint16_t>(s, at);
 #pragma GCC unroll 4
   for (int i = 0; i < kGroup; i += kWords) {
     const Ints first = load(from[0] + at + i);
