@@ -36,6 +36,7 @@ if X86:
     TABLES += [
         ("kAvx2", "avx2", ["-march=x86-64-v3"]),
         ("kAvx512", "avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
+        ("kAvx512Vbmi", "avx512vbmi", ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vbmi", "-mgfni"]),
     ]
 
 # Each operation rounded by itself and subnormals kept, as on the host: same bits.

@@ -97,7 +97,7 @@ ZL_FN void split(float master, uint16_t& hi, int16_t& lo) {
 // eps and step_size so that one square root and one division remain: both averages, and then the step.
 ZL_FN void adam_averages(float g, float p, float& m, float& v, const AdamRow& r) {
   g = g * r.grad_scale;
-  g = g + r.l2 * p;
+  if (r.l2 != 0.0f) g = g + r.l2 * p;
   m = m + (g - m) * r.mix1;
   v = v * r.beta2 + (g * g) * r.mix2;
 }

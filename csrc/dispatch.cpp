@@ -18,12 +18,14 @@ const Kernels* find(const char* name) {
                       __builtin_cpu_supports("avx512cd");
   if (strcmp(name, "avx2") == 0 && avx2) return &kAvx2;
   if (strcmp(name, "avx512") == 0 && avx512) return &kAvx512;
+  const bool bytes = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+  if (strcmp(name, "avx512vbmi") == 0 && bytes) return &kAvx512Vbmi;
 #endif
   return nullptr;
 }
 
 const Kernels* widest() {
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"avx512vbmi", "avx512", "avx2"})
     if (const Kernels* table = find(name)) return table;
   return &kBaseline;
 }

@@ -70,9 +70,10 @@ extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vbmi;  // and GFNI: Ice Lake, Zen 4 and later
 #endif
 
-// The table in use: ZEROLITE_ISA=baseline|avx2|avx512, else the widest that the processor has.
+// The table in use: ZEROLITE_ISA=baseline|avx2|avx512|avx512vbmi, else the widest that the processor has.
 const Kernels& kernels();
 // Forces a table (tests); returns false where the processor lacks it or the name is unknown.
 bool use_isa(const char* name);

@@ -9,7 +9,7 @@
 #endif
 
 #ifndef ZL_TABLE
-#error "compile with -DZL_TABLE=kBaseline|kAvx2|kAvx512 and -DZL_NAME=\"...\""
+#error "compile with -DZL_TABLE=kBaseline|kAvx2|kAvx512|kAvx512Vbmi and -DZL_NAME=\"...\""
 #endif
 
 namespace zerolite {

@@ -6,12 +6,13 @@
 // The best plain loops take a third longer.
 //
 // A processor looks ahead by less than it takes for a root and a quotient one after another (in one stage, with fewer
-// instructions, they take 6 % longer). So a group passes four stages, one a turn, and a turn has four groups in hand:
+// instructions, they take 6 % longer). So a group passes five stages, one a turn, and a turn has five groups in hand:
 //
-//   read:  decode, averages, largest magnitudes      turn k
-//   root:  root of the second moment                 turn k + 1
-//   step:  quotient, master                          turn k + 2
-//   write: dice, codes                               turn k + 3
+//   read:   decode, averages, largest magnitudes      turn k
+//   root:   root of the second moment                 turn k + 1
+//   divide: quotient                                  turn k + 2
+//   step:   master                                    turn k + 3
+//   write:  dice, codes                               turn k + 4
 #pragma once
 
 #include "moments_cpu.h"
@@ -19,6 +20,11 @@
 #if defined(__AVX2__)
 namespace zerolite {
 namespace {
+
+// Processors that move any bytes, and any bits in them, in one instruction.
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+#define ZL_BYTES
+#endif
 
 // Intrinsics of either width that differ by their names only.
 #if defined(__AVX512BW__)
@@ -85,20 +91,47 @@ ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
 ZL_FN __m256i folded(Ints x) { return x; }
 #endif
 
-// Elements of kWords words go to two vectors of floats, in each part of 128 bits the first four and the last. Packing is the
-// reverse.
+// Elements of kWords words go to two vectors of floats, in each part of 128 bits the first four and the last: to where
+// placed() says. Packing is the reverse.
 ZL_FN Ints widened(Ints low, Ints high, int half) {
   return half == 0 ? ZL_OP(unpacklo_epi16)(low, high) : ZL_OP(unpackhi_epi16)(low, high);
 }
+
+ZL_FN int placed(int n) { return n / kWords * kWords + n % 8 / 4 * kFloats + n % kWords / 8 * 4 + n % 4; }
 
 struct Constants {
   // Bytes of the bf16 patterns of codes below 16, xor what the rule for codes of higher fields makes of them.
   Ints low_fix, high_fix;
   Ints byte_size, byte_past, byte_exponent, byte_base, byte_sign, byte_fraction, byte_nonzero;
   Ints word_size, word_byte, split;
+#if defined(ZL_BYTES)
+  Ints low_bits, high_bits, high_bits_signed, code_bits, sign_bits, byte_order;
+#endif
   Ints size, factor, least;
   Floats half, two;
 };
+#if defined(ZL_BYTES)
+// The matrix by which each bit of a byte, from the highest on, is the one that its mask shows.
+struct Bits {
+  uint8_t from[8];
+};
+ZL_FN Ints bits_of(Bits b) {
+  uint64_t rows = 0;
+  for (int i = 0; i < 8; ++i) rows |= static_cast<uint64_t>(b.from[i]) << 8 * i;
+  return _mm512_set1_epi64(static_cast<int64_t>(rows));
+}
+// Where bytes of two floats begin: at bit `at` of the one and of the other.
+ZL_FN Ints positions(uint64_t at) { return _mm512_set1_epi16(static_cast<short>(at | (at + 32) << 8)); }
+// Which byte of Codes is that of each element of a group.
+ZL_FN Ints byte_order() {
+  alignas(64) uint8_t order[kGroup];
+  for (int n = 0; n < kGroup; ++n) {
+    const int vector = placed(n) / kFloats, at = placed(n) % kFloats;
+    order[n] = static_cast<uint8_t>(at / 2 * 8 + vector * 2 + at % 2);
+  }
+  return load(order);
+}
+#endif
 ZL_FN Constants constants() {
   alignas(64) uint8_t low[kCodes], high[kCodes];
   for (uint32_t c = 0; c < 16; ++c) {
@@ -121,6 +154,14 @@ ZL_FN Constants constants() {
                  all_words(0x7f),
                  all_words(0xff),
                  repeat(split),
+#if defined(ZL_BYTES)
+                 bits_of({0x08, 0x04, 0x02, 0x01, 0, 0, 0, 0}),
+                 bits_of({0, 0, 0, 0, 0x80, 0x40, 0x20, 0x10}),
+                 bits_of({0x80, 0, 0, 0, 0, 0x40, 0x20, 0x10}),
+                 positions(kDropped),
+                 positions(24),
+                 byte_order(),
+#endif
                  all(0x7fffffffu),
                  all(0x85ebca6bu),
                  all((128u << 23) + kStep),
@@ -145,9 +186,15 @@ struct WideRow {
         salt(all(salt_of(r.step))) {}
 };
 
+// Factors from units, of second moments with beta2 in it; factors to units.
 struct Units {
   Floats m, v;
 };
+
+// Stages of a turn, and how many turns after it was read a group passes them.
+constexpr int kRead = 1, kRoot = 2, kDivide = 4, kStepping = 8, kWrite = 16;
+constexpr int kRootAfter = 1, kDivideAfter = 2, kStepAfter = 3, kWriteAfter = 4;
+constexpr int kRing = 8;  // groups in hand, as a power of two
 
 struct Tensors {
   uint16_t* param;
@@ -159,13 +206,34 @@ struct Tensors {
 };
 
 struct Staged {
-  alignas(64) float p[kGroup], m[kGroup], size[kGroup], v[kGroup], d[kGroup];  // size: of m
+  alignas(64) float p[kGroup], m[kGroup], size[kGroup], v[kGroup];  // size: of m
+  alignas(64) float d[kGroup];  // root of v, then the quotient
   alignas(64) uint16_t g[kGroup];  // where it is an average
   float in_m, in_v;  // factors to units
   bool past;         // a second moment is above kLargest: it is stored as kLargest, after its root was taken
 };
 
 // bf16 patterns, in units, of kCodes codes. As words they are (0x400 + code) << 4; of 0 and of field 0 they are not.
+#if defined(ZL_BYTES)
+// Bits of bytes, moved in one instruction: `low` to the upper nibble; `high` to the lower one, under the exponent's highest
+// bit; a sign stays where it is.
+ZL_FN Ints low_bits(Ints c, const Constants& k) { return _mm512_gf2p8affine_epi64_epi8(c, k.low_bits, 0); }
+ZL_FN void words_of_moments(Ints* to, const uint8_t* codes, const Constants& k) {
+  const Ints c = spread(load(codes));
+  const Ints at = ZL_OP(add_epi8)(both(c, k.byte_size), k.byte_past);  // of codes above 15 the sign bit, and so no fix
+  const Ints high = _mm512_gf2p8affine_epi64_epi8(c, k.high_bits_signed, 0x40);
+  const Ints l = differ(low_bits(c, k), ZL_OP(shuffle_epi8)(k.low_fix, at));
+  const Ints h = differ(high, ZL_OP(shuffle_epi8)(k.high_fix, at));
+  to[0] = ZL_OP(unpacklo_epi8)(l, h);
+  to[1] = ZL_OP(unpackhi_epi8)(l, h);
+}
+ZL_FN void words_of_squares(Ints* to, const uint8_t* codes, const Constants& k) {
+  const Ints c = spread(load(codes)), l = low_bits(c, k);
+  const Ints h = _mm512_maskz_gf2p8affine_epi64_epi8(_mm512_test_epi8_mask(c, c), c, k.high_bits, 0x40);
+  to[0] = ZL_OP(unpacklo_epi8)(l, h);
+  to[1] = ZL_OP(unpackhi_epi8)(l, h);
+}
+#else
 ZL_FN void words_of_moments(Ints* to, const uint8_t* codes, const Constants& k) {
   const Ints c = spread(load(codes)), size = both(c, k.byte_size);
   const Ints high = both_or(ZL_OP(srli_epi16)(c, 4), k.byte_exponent, both_or(c, k.byte_sign, k.byte_base));
@@ -181,8 +249,13 @@ ZL_FN void words_of_squares(Ints* to, const uint8_t* codes, const Constants& k) 
   to[0] = ZL_OP(slli_epi16)(ZL_OP(unpacklo_epi8)(c, high), 4);
   to[1] = ZL_OP(slli_epi16)(ZL_OP(unpackhi_epi8)(c, high), 4);
 }
+#endif
 
 // The stages, of kWords elements; `tops` are the largest magnitudes so far, of both moments.
+//
+// A product with units is exact. So what is made of it has the same bits with one rounding less, where it is fused, and where
+// units have beta2 in them; is_rare() tells the exceptions.
+template <bool l2>
 ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints gw, Ints mw, Ints vw, const Units& from, const WideRow& r,
                       const Constants& k, Ints* tops) {
   const Ints zero = zeros();
@@ -190,10 +263,12 @@ ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints gw, Ints mw, Int
   const Ints hi = ZL_OP(add_epi16)(load(t.param + at), ZL_OP(srai_epi16)(lo, 15));  // as join()
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {  // as adam_averages()
-    const Floats p = as_floats(widened(lo, hi, i)), g = as_floats(widened(zero, gw, i)) * r.grad_scale + r.l2 * p;
-    Floats m = as_floats(widened(zero, mw, i)) * from.m, v = as_floats(widened(zero, vw, i)) * from.v;
-    m = m + (g - m) * r.mix1;
-    v = v * r.beta2 + (g * g) * r.mix2;
+    const Floats p = as_floats(widened(lo, hi, i));
+    Floats g = as_floats(widened(zero, gw, i)) * r.grad_scale;
+    if constexpr (l2) g = g + r.l2 * p;
+    const Floats units = as_floats(widened(zero, mw, i));
+    const Floats m = ZL_OP(fmadd_ps)(units, from.m, ZL_OP(fnmadd_ps)(units, from.m, g) * r.mix1);
+    const Floats v = as_floats(widened(zero, vw, i)) * from.v + (g * g) * r.mix2;
     ZL_OP(store_ps)(x.p + at + kFloats * i, p);
     ZL_OP(store_ps)(x.m + at + kFloats * i, m);
     ZL_OP(store_ps)(x.v + at + kFloats * i, v);
@@ -203,17 +278,27 @@ ZL_FN void read_words(Staged& x, int at, const Tensors& t, Ints gw, Ints mw, Int
     tops[1] = ZL_OP(max_epu32)(tops[1], as_ints(v));
   }
 }
-ZL_FN void root_words(Staged& x, int at, const WideRow& r) {
+// Roots and quotients are taken of 8 floats also where vectors have 16: the divider is as fast, and other units have less to
+// do for it.
+ZL_FN void root_words(Staged& x, int at) {
+#pragma GCC unroll 4
+  for (int i = at; i < at + kWords; i += 8) _mm256_store_ps(x.d + i, _mm256_sqrt_ps(_mm256_load_ps(x.v + i)));
+}
+ZL_FN void eps_words(Staged& x, int at, const WideRow& r) {
 #pragma GCC unroll 2
-  for (int i = at; i < at + kWords; i += kFloats) ZL_OP(store_ps)(x.d + i, ZL_OP(sqrt_ps)(ZL_OP(load_ps)(x.v + i)) + r.eps);
+  for (int i = at; i < at + kWords; i += kFloats) ZL_OP(store_ps)(x.d + i, ZL_OP(load_ps)(x.d + i) + r.eps);
+}
+ZL_FN void divide_words(Staged& x, int at) {
+#pragma GCC unroll 4
+  for (int i = at; i < at + kWords; i += 8)
+    _mm256_store_ps(x.d + i, _mm256_div_ps(_mm256_load_ps(x.m + i), _mm256_load_ps(x.d + i)));
 }
 ZL_FN void step_words(Staged& x, int at, const Tensors& t, const WideRow& r, const Constants& k) {
   Ints words[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     float* const p = x.p + at + kFloats * i;
-    const Floats quotient = ZL_OP(load_ps)(x.m + at + kFloats * i) / ZL_OP(load_ps)(x.d + at + kFloats * i);
-    const Floats next = ZL_OP(load_ps)(p) * r.decay - r.step_size * quotient;
+    const Floats next = ZL_OP(load_ps)(p) * r.decay - r.step_size * ZL_OP(load_ps)(x.d + at + kFloats * i);
     ZL_OP(store_ps)(p, next);
     words[i] = ZL_OP(shuffle_epi8)(as_ints(next), k.split);
   }
@@ -221,32 +306,71 @@ ZL_FN void step_words(Staged& x, int at, const Tensors& t, const WideRow& r, con
   store(t.rest + at, lo);
   store(t.param + at, ZL_OP(sub_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)));  // as split()
 }
-// Words that hold the codes of first moments without signs, their signs, and the codes of second moments.
-struct Coded {
+// What becomes codes: patterns in units whose bits from kDropped on are codes, of kFloats elements, after dice are added.
+struct Thrown {
+  Ints m, v;  // of first moments without their signs
+};
+ZL_FN Thrown throw_dice(const Staged& x, int at, Ints g, const Units& to, const WideRow& r, const Constants& k) {
+  const Ints h = ZL_OP(mullo_epi32)(differ(load(x.p + at), r.salt, g), k.factor);  // as dice_of()
+  const Ints dice = ZL_OP(srli_epi32)(h, 32 - kDropped);
+  const Floats y = ZL_OP(load_ps)(x.size + at) * to.m;  // as encode_moment()
+  const Ints top = as_ints(ZL_OP(max_ps)(y, ZL_OP(fmadd_ps)(y, k.half, k.two)));
+  const Ints z = as_ints(ZL_OP(load_ps)(x.v + at) * to.v);  // as encode_square()
+  return {ZL_OP(add_epi32)(top, dice), ZL_OP(add_epi32)(raised(z, k.least), dice)};
+}
+
+#if defined(ZL_BYTES)
+// Codes of a group, in bytes: those of floats 2q and 2q + 1 of the group's vector i are bytes 8q + 2i and 8q + 2i + 1.
+struct Codes {
   Ints m, sign, v;
 };
-ZL_FN Coded write_words(const Staged& x, int at, Ints gw, const Units& to, const WideRow& r, const Constants& k) {
+template <int i>
+ZL_FN Ints with_bytes(Ints to, Ints positions, Ints from) {
+  if constexpr (i == 0) return _mm512_multishift_epi64_epi8(positions, from);
+  return _mm512_mask_multishift_epi64_epi8(to, 0x0303030303030303ull << 2 * i, positions, from);
+}
+template <int i>
+ZL_FN void write_floats(Codes& to, const Staged& x, Ints g, const Units& units, const WideRow& r, const Constants& k) {
+  const Thrown t = throw_dice(x, kFloats * i, g, units, r, k);
+  to.m = with_bytes<i>(to.m, k.code_bits, t.m);
+  to.v = with_bytes<i>(to.v, k.code_bits, t.v);
+  to.sign = with_bytes<i>(to.sign, k.sign_bits, load(x.m + kFloats * i));
+}
+template <int i>
+ZL_FN void write_words(Codes& to, const Staged& x, int, Ints gw, const Units& units, const WideRow& r, const Constants& k) {
+  write_floats<2 * i>(to, x, widened(gw, zeros(), 0), units, r, k);
+  write_floats<2 * i + 1>(to, x, widened(gw, zeros(), 1), units, r, k);
+}
+ZL_FN void store_codes(const Tensors& t, int, const Codes& c, const Constants& k) {
+  const Ints m = _mm512_ternarylogic_epi64(k.byte_sign, c.sign, c.m, 0xca);  // byte_sign ? sign : m
+  store(t.m, _mm512_permutexvar_epi8(k.byte_order, m));
+  store(t.v, _mm512_permutexvar_epi8(k.byte_order, c.v));
+}
+#else
+// Words that hold the codes of first moments without signs, their signs, and the codes of second moments.
+struct Codes {
+  Ints m[2], sign[2], v[2];
+};
+template <int i>
+ZL_FN void write_words(Codes& to, const Staged& x, int at, Ints gw, const Units& units, const WideRow& r, const Constants& k) {
   Ints m[2], code_m[2], code_v[2];
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Ints g = widened(gw, zeros(), i);  // its pattern with halves in each other's place
-    const Ints h = ZL_OP(mullo_epi32)(differ(load(x.p + at + kFloats * i), r.salt, g), k.factor);  // as dice_of()
-    const Ints dice = ZL_OP(srli_epi32)(h, 32 - kDropped);
-    m[i] = load(x.m + at + kFloats * i);
-    const Floats y = ZL_OP(load_ps)(x.size + at + kFloats * i) * to.m;  // as encode_moment()
-    const Ints top = as_ints(ZL_OP(max_ps)(y, ZL_OP(fmadd_ps)(y, k.half, k.two)));
-    code_m[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(top, dice), kDropped);
-    const Ints z = as_ints(ZL_OP(load_ps)(x.v + at + kFloats * i) * to.v);  // as encode_square()
-    code_v[i] = ZL_OP(srli_epi32)(ZL_OP(add_epi32)(raised(z, k.least), dice), kDropped);
+  for (int j = 0; j < 2; ++j) {
+    const Thrown t = throw_dice(x, at + kFloats * j, widened(gw, zeros(), j), units, r, k);
+    m[j] = load(x.m + at + kFloats * j);
+    code_m[j] = ZL_OP(srli_epi32)(t.m, kDropped);
+    code_v[j] = ZL_OP(srli_epi32)(t.v, kDropped);
   }
-  return {both(ZL_OP(packus_epi32)(code_m[0], code_m[1]), k.word_size), ZL_OP(packs_epi32)(m[0], m[1]),
-          both(ZL_OP(packus_epi32)(code_v[0], code_v[1]), k.word_byte)};
+  to.m[i] = both(ZL_OP(packus_epi32)(code_m[0], code_m[1]), k.word_size);
+  to.sign[i] = ZL_OP(packs_epi32)(m[0], m[1]);
+  to.v[i] = both(ZL_OP(packus_epi32)(code_v[0], code_v[1]), k.word_byte);
 }
-ZL_FN void store_codes(const Tensors& t, int at, const Coded& a, const Coded& b, const Constants& k) {
-  const Ints sign = ZL_OP(packs_epi16)(a.sign, b.sign);
-  store(t.m + at, gathered(both_or(sign, k.byte_sign, ZL_OP(packus_epi16)(a.m, b.m))));
-  store(t.v + at, gathered(ZL_OP(packus_epi16)(a.v, b.v)));
+ZL_FN void store_codes(const Tensors& t, int at, const Codes& c, const Constants& k) {
+  const Ints sign = ZL_OP(packs_epi16)(c.sign[0], c.sign[1]);
+  store(t.m + at, gathered(both_or(sign, k.byte_sign, ZL_OP(packus_epi16)(c.m[0], c.m[1]))));
+  store(t.v + at, gathered(ZL_OP(packus_epi16)(c.v[0], c.v[1])));
 }
+#endif
 
 ZL_FN Tensors at_group(const Tensors& t, int64_t k) {
   const int64_t i = k * kGroup;
@@ -259,20 +383,46 @@ __attribute__((noinline)) uint32_t plain_moments(Staged& x) {
   for (int i = 0; i < kGroup; ++i) x.size[i] = as_float(as_bits(x.m[i]) & 0x7fffffffu);
   return kNan;
 }
-ZL_FN void set_scales(Staged& x, const Tensors& t, const Ints* tops) {
+// The largest magnitudes of a group.
+struct Tops {
+  uint32_t m, v;
+};
+ZL_FN Tops largest(const Ints* tops) {
   const Ints pairs = ZL_OP(max_epu32)(ZL_OP(unpacklo_epi32)(tops[0], tops[1]), ZL_OP(unpackhi_epi32)(tops[0], tops[1]));
   const __m256i half = folded(pairs);
   __m128i quarter = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   quarter = _mm_max_epu32(quarter, _mm_unpackhi_epi64(quarter, quarter));
   const uint64_t top = static_cast<uint64_t>(_mm_cvtsi128_si64(quarter));
-  uint32_t top_m = static_cast<uint32_t>(top);
-  const uint32_t top_v = static_cast<uint32_t>(top >> 32);
-  if (top_m > kInfinity) top_m = plain_moments(x);
-  x.past = top_v > kLargest;
-  t.scales[0] = scale_of<MomentCode>(top_m);
-  t.scales[1] = scale_of<SquareCode>(x.past ? kLargest : top_v);
+  return {static_cast<uint32_t>(top), static_cast<uint32_t>(top >> 32)};
+}
+ZL_FN void set_scales(Staged& x, const Tensors& t, Tops top) {
+  if (top.m > kInfinity) top.m = plain_moments(x);
+  x.past = top.v > kLargest;
+  t.scales[0] = scale_of<MomentCode>(top.m);
+  t.scales[1] = scale_of<SquareCode>(x.past ? kLargest : top.v);
   x.in_m = to_units<MomentCode>(t.scales[0]);
   x.in_v = to_units<SquareCode>(t.scales[1]);
+}
+
+// Whether read_words() has other bits than adam_averages(): first moments that are infinite as floats, and not as products
+// before they are rounded; beta2 times units of second moments below what floats hold exactly.
+ZL_FN bool is_rare(const uint8_t* scales, float beta2) {
+  constexpr uint8_t infinite = 255 - MomentCode::kLowest;
+  return scales[0] >= infinite || (beta2 != 0.0f && from_units<SquareCode>(scales[1]) * beta2 < 0x1p-126f);
+}
+__attribute__((noinline)) Tops read_plain(Staged& x, const Tensors& t, const uint16_t* g, const AdamRow& r) {
+  const float unit_m = from_units<MomentCode>(t.scales[0]), unit_v = from_units<SquareCode>(t.scales[1]);
+  Tops top = {0, 0};
+  for (int i = 0; i < kGroup; ++i) {
+    const int to = placed(i);
+    float m = decode_moment(t.m[i], unit_m), v = decode_square(t.v[i], unit_v);
+    x.p[to] = join(t.param[i], t.rest[i]);
+    adam_averages(widen(bf16{g[i]}), x.p[to], m, v, r);
+    const uint32_t size = as_bits(m) & 0x7fffffffu, square = as_bits(v);
+    x.m[to] = m, x.v[to] = v, x.size[to] = as_float(size);
+    top = {top.m > size ? top.m : size, top.v > square ? top.v : square};
+  }
+  return top;
 }
 
 // Patterns of a group of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a float where
@@ -302,49 +452,58 @@ ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
   }
 }
 
-// One turn: `read` says whether group k has this stage in it, and so on. `average`: the gradient is that of `s`, from `start`.
-template <bool average, bool read, bool roots, bool step, bool write>
+// One turn, `stages` of which have a group. `average`: the gradient is that of `s`, from `start`.
+template <bool average, bool l2, int stages>
 ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int64_t k, Staged* ring, const WideRow& r,
-                const Constants& c) {
-  const Tensors first = at_group(all_groups, read ? k : 0), third = at_group(all_groups, step ? k - 2 : 0);
-  const Tensors fourth = at_group(all_groups, write ? k - 3 : 0);
+                const MomentRow& row, const Constants& c) {
+  constexpr bool read = stages & kRead, step = stages & kStepping, write = stages & kWrite;
+  const Tensors first = at_group(all_groups, read ? k : 0), stepped = at_group(all_groups, step ? k - kStepAfter : 0);
+  const Tensors written = at_group(all_groups, write ? k - kWriteAfter : 0);
+  Staged& now = ring[k & (kRing - 1)];
+  Staged& last = ring[(k - kWriteAfter) & (kRing - 1)];
   Units from = {}, to = {};
   if constexpr (read)
     from = {ZL_OP(set1_ps)(from_units<MomentCode>(first.scales[0])),
-            ZL_OP(set1_ps)(from_units<SquareCode>(first.scales[1]))};
-  Staged& last = ring[(k - 3) & 3];
+            ZL_OP(set1_ps)(from_units<SquareCode>(first.scales[1]) * row.adam.beta2)};
   if constexpr (write) {
     if (last.past) end_at_largest(last.v);
     to = {ZL_OP(set1_ps)(last.in_m), ZL_OP(set1_ps)(last.in_v)};
   }
   if constexpr (read) ahead(first.param), ahead(first.rest), ahead(first.m), ahead(first.v);
   if constexpr (read && !average) ahead(first.g);
-  if constexpr (read && average) average_group(ring[k & 3].g, s, start + k * kGroup);
+  if constexpr (read && average) average_group(now.g, s, start + k * kGroup);
   Ints tops[2] = {zeros(), zeros()};
 #pragma GCC unroll 1
   for (int at = 0; at < kGroup; at += kCodes) {
     Ints mw[2], vw[2];
-    Coded coded[2];
+    Codes codes;
     if constexpr (read) words_of_moments(mw, first.m + at, c);
     if constexpr (read) words_of_squares(vw, first.v + at, c);
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    const auto half = [&]<int j>() __attribute__((always_inline)) {
       const int here = at + kWords * j;
       if constexpr (read) {
-        const Ints gw = load((average ? ring[k & 3].g : first.g) + here);
-        read_words(ring[k & 3], here, first, gw, mw[j], vw[j], from, r, c, tops);
+        const Ints gw = load((average ? now.g : first.g) + here);
+        read_words<l2>(now, here, first, gw, mw[j], vw[j], from, r, c, tops);
       }
-      if constexpr (roots) root_words(ring[(k - 1) & 3], here, r);
-      if constexpr (write) coded[j] = write_words(last, here, load((average ? last.g : fourth.g) + here), to, r, c);
-      if constexpr (step) step_words(ring[(k - 2) & 3], here, third, r, c);
-    }
-    if constexpr (write) store_codes(fourth, at, coded[0], coded[1], c);
+      if constexpr (stages & kRoot) root_words(ring[(k - kRootAfter) & (kRing - 1)], here);
+      if constexpr (stages & kDivide) eps_words(ring[(k - kDivideAfter) & (kRing - 1)], here, r);
+      if constexpr (write) write_words<j>(codes, last, here, load((average ? last.g : written.g) + here), to, r, c);
+      if constexpr (step) step_words(ring[(k - kStepAfter) & (kRing - 1)], here, stepped, r, c);
+      if constexpr (stages & kDivide) divide_words(ring[(k - kDivideAfter) & (kRing - 1)], here);
+    };
+    half.template operator()<0>();
+    half.template operator()<1>();
+    if constexpr (write) store_codes(written, at, codes, c);
   }
-  if constexpr (read) set_scales(ring[k & 3], first, tops);
+  if constexpr (read) {
+    Tops top = largest(tops);
+    if (is_rare(first.scales, row.adam.beta2)) top = read_plain(now, first, average ? now.g : first.g, row.adam);
+    set_scales(now, first, top);
+  }
 }
 
 // Whole groups, by the gradients in `tensors`, or (`average`) by that of `s` from element `start` on.
-template <bool average>
+template <bool average, bool l2>
 __attribute__((noinline)) void adam_codes(const Tensors& tensors, const Sources& s, int64_t start, const MomentRow& row,
                                           int64_t groups) {
   const Tensors t = tensors;
@@ -355,17 +514,19 @@ __attribute__((noinline)) void adam_codes(const Tensors& tensors, const Sources&
       ""
       : "+m"(c));  // else the compiler, which knows them, makes them anew in each turn, three instructions each
 #endif
-  Staged ring[4];
+  Staged ring[kRing];
+  const auto in = [&](int64_t k, int after) { return k >= after && k - after < groups; };
 
-  for (int64_t k = 0; k < groups + 3; ++k) {
-    if (k >= 3 && k < groups) {
-      turn<average, true, true, true, true>(t, s, start, k, ring, r, c);
+  for (int64_t k = 0; k < groups + kWriteAfter; ++k) {
+    if (k >= kWriteAfter && k < groups) {
+      turn<average, l2, kRead | kRoot | kDivide | kStepping | kWrite>(t, s, start, k, ring, r, row, c);
       continue;
     }
-    if (k < groups) turn<average, true, false, false, false>(t, s, start, k, ring, r, c);
-    if (k >= 1 && k < groups + 1) turn<average, false, true, false, false>(t, s, start, k, ring, r, c);
-    if (k >= 2 && k < groups + 2) turn<average, false, false, true, false>(t, s, start, k, ring, r, c);
-    if (k >= 3) turn<average, false, false, false, true>(t, s, start, k, ring, r, c);
+    if (in(k, 0)) turn<average, l2, kRead>(t, s, start, k, ring, r, row, c);
+    if (in(k, kRootAfter)) turn<average, l2, kRoot>(t, s, start, k, ring, r, row, c);
+    if (in(k, kDivideAfter)) turn<average, l2, kDivide>(t, s, start, k, ring, r, row, c);
+    if (in(k, kStepAfter)) turn<average, l2, kStepping>(t, s, start, k, ring, r, row, c);
+    if (in(k, kWriteAfter)) turn<average, l2, kWrite>(t, s, start, k, ring, r, row, c);
   }
 }
 
@@ -378,8 +539,10 @@ ZL_FN Tensors tensors_at(const MomentTensors& x, int64_t at) {
 ZL_FN void adam_whole(const MomentTensors& x, const Sources& s, const MomentRow& row, int64_t at, int64_t groups) {
   Tensors t = tensors_at(x, at);
   t.g = static_cast<const uint16_t*>(s.data[0]) + at;
-  if (s.count == 1 && s.mean == 1.0f) return adam_codes<false>(t, s, at, row, groups);
-  adam_codes<true>(t, s, at, row, groups);
+  const bool average = s.count > 1 || s.mean != 1.0f;
+  if (row.adam.l2 != 0.0f)
+    return average ? adam_codes<true, true>(t, s, at, row, groups) : adam_codes<false, true>(t, s, at, row, groups);
+  return average ? adam_codes<true, false>(t, s, at, row, groups) : adam_codes<false, false>(t, s, at, row, groups);
 }
 
 // A parameter's last group of `left` elements, by a gradient that is padded.
@@ -393,7 +556,7 @@ ZL_FN void adam_last(const MomentTensors& x, const Sources& s, const uint16_t* g
   copy(rest, end.rest, left);
   copy(m, end.m, left);
   copy(v, end.v, left);
-  adam_codes<false>({param, rest, m, v, end.scales, g}, s, 0, row, 1);
+  adam_codes<false, true>({param, rest, m, v, end.scales, g}, s, 0, row, 1);
   copy(end.param, param, left);
   copy(end.rest, rest, left);
   copy(end.m, m, left);

@@ -101,7 +101,7 @@ void run_far(const Kernels& table) {
 
 int run_kernels() {
   int tables = 0;
-  for (const char* name : {"baseline", "avx2", "avx512"}) {
+  for (const char* name : {"baseline", "avx2", "avx512", "avx512vbmi"}) {
     if (!use_isa(name)) continue;
     ++tables;
     const Kernels& table = kernels();

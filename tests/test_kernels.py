@@ -25,7 +25,7 @@ ROWS = torch.tensor(
 
 def available():
     found = []
-    for isa in ("baseline", "avx2", "avx512"):
+    for isa in ("baseline", "avx2", "avx512", "avx512vbmi"):
         try:
             kernels.set_isa(isa)
             found.append(isa)

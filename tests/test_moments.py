@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train_on
 from ranks import on_threads
 from test_checkpoint import steps, through_disk
-from test_kernels import DTYPES, ISAS, NANS, adam_tensors, assert_same, float_of, shifted, wide
+from test_kernels import DTYPES, ISAS, NANS, adam_tensors, assert_same, bits, float_of, shifted, wide
 from torch import nn
 
 import zerolite
@@ -193,6 +194,31 @@ def test_second_moments_past_the_largest_end_there_and_their_roots_do_not(isa, k
         for op, tensors in ((kernels.reduce_adam_moments_, ours), (reference.reduce_adam_moments_, theirs)):
             op(*tensors, sources, torch.tensor([[0, n, 0]]), rows_of(step), 1 / count)
         assert_same(ours, theirs)
+    kernels.set_isa("auto")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@kinds
+@pytest.mark.parametrize("beta2", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("size", [1e-15, 1e-3, 1e38, math.inf])
+def test_moments_at_both_ends_of_floats(isa, kind, beta2, size):
+    """beta2 times a unit is subnormal where gradients are near 1e-15; first moments are infinite from 2^128 on."""
+    kernels.set_isa(isa)
+    n = 64 * 9 + 13
+    ours, theirs = coded(n, kind, torch.bfloat16), coded(n, kind, torch.bfloat16)
+    rows = rows_of(1)
+    rows[:, 4], rows[:, 5], rows[:, 0] = beta2, 1 - beta2, 1.0
+    for step in range(4):
+        grad = (wide(n, 7, 1.0).sign() * size * (torch.arange(n) % 5 < 2)).nan_to_num(0.0, math.inf, -math.inf)
+        grad += wide(n, step, 1.0).clamp(-30, 30) * min(size, 1e-3)
+        rows[:, -1] = step
+        for op, tensors in ((kernels.reduce_adam_moments_, ours), (reference.reduce_adam_moments_, theirs)):
+            op(*tensors, [grad.bfloat16()], torch.tensor([[0, n, 0]]), rows, 1.0)
+        known = ~ours[0].isnan()  # codes of the others depend on which NaN a parameter is
+        assert bool(known.any()) and torch.equal(ours[0].isnan(), theirs[0].isnan())
+        for a, b in zip(ours[:4], theirs[:4], strict=True):
+            assert torch.equal(bits(a)[known], bits(b)[known])
+        assert torch.equal(ours[4], theirs[4])
     kernels.set_isa("auto")
 
 

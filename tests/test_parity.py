@@ -92,7 +92,7 @@ def test_every_norm_is_the_same_at_every_stage(order):
 def test_same_bits_on_every_instruction_set(dtype, optimizer):
     run = Run(dtype=DTYPES[dtype], clip=0.5, optimizer=optimizer, options=(("weight_decay", 0.1),))
     results = {}
-    for isa in ("baseline", "avx2", "avx512", "auto"):
+    for isa in ("baseline", "avx2", "avx512", "avx512vbmi", "auto"):
         try:
             kernels.set_isa(isa)
         except ValueError:

@@ -1,6 +1,6 @@
 """Loads the compiled libraries beside this package, as far as they were built.
 
-`ZEROLITE_KERNELS=reference` leaves it out. `ZEROLITE_ISA=baseline|avx2|avx512` forces an instruction set,
+`ZEROLITE_KERNELS=reference` leaves it out. `ZEROLITE_ISA=baseline|avx2|avx512|avx512vbmi` forces an instruction set,
 `ZEROLITE_THREADS` the threads of a rank's kernels.
 """
 
@@ -62,10 +62,10 @@ def _load_cuda() -> bool:
 
 
 def set_isa(name: str) -> None:
-    """Forces the kernels of one instruction set: 'baseline', 'avx2', 'avx512' or 'auto'."""
+    """Forces the kernels of one instruction set: 'baseline', 'avx2', 'avx512', 'avx512vbmi' or 'auto'."""
     if not (_loaded and torch.ops.zerolite.use_isa(name)):
         raise ValueError(
-            f"instruction set {name!r}: expected 'auto', 'baseline', 'avx2' or 'avx512' as far as this processor "
+            f"instruction set {name!r}: expected 'auto', 'baseline', 'avx2', 'avx512' or 'avx512vbmi' as far as this processor "
             f"and build have it (kernels in use: {kernels_in_use()})"
         )
 

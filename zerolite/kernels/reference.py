@@ -44,7 +44,8 @@ def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, row: list[float]) -> tuple[
     """One update of float32 tensors by a row of hyper-parameters: the new master, first moment and second moment."""
     grad_scale, l2, decay, mix1, beta2, mix2, eps, step_size = row
     g = g * grad_scale
-    g = g + p * l2
+    if l2 != 0:
+        g = g + p * l2
     p = p * decay
     m = m + (g - m) * mix1
     v = v * beta2 + (g * g) * mix2
