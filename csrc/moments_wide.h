@@ -74,9 +74,7 @@ ZL_FN Ints gathered(Ints x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(
 ZL_FN Ints repeat(__m128i x) { return _mm512_broadcast_i32x4(x); }
 ZL_FN Ints where_bytes(Ints x, Ints value) { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(x, x), value); }
 ZL_FN Ints raised(Ints x, Ints least) { return _mm512_maskz_max_epu32(_mm512_test_epi32_mask(x, x), x, least); }
-ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
-  return _mm512_mask_mov_epi32(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
-}
+ZL_FN Ints plus_odd(Ints to, Ints x, Ints bit) { return _mm512_mask_sub_epi32(to, _mm512_test_epi32_mask(x, bit), to, all(~0u)); }
 ZL_FN __m256i folded(Ints x) { return _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)); }
 #else
 // Packing and unpacking work in halves: the middle quarters change places before, or after.
@@ -85,9 +83,7 @@ ZL_FN Ints gathered(Ints x) { return spread(x); }
 ZL_FN Ints repeat(__m128i x) { return _mm256_set_m128i(x, x); }
 ZL_FN Ints where_bytes(Ints x, Ints value) { return without(value, _mm256_cmpeq_epi8(x, zeros())); }
 ZL_FN Ints raised(Ints x, Ints least) { return _mm256_sign_epi32(_mm256_max_epu32(x, least), x); }  // no x is negative
-ZL_FN Ints nan_or(Floats x, Ints nan, Ints value) {
-  return _mm256_blendv_epi8(value, nan, as_ints(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-}
+ZL_FN Ints plus_odd(Ints to, Ints x, Ints bit) { return _mm256_add_epi32(to, _mm256_srli_epi32(both(x, bit), 16)); }
 ZL_FN __m256i folded(Ints x) { return x; }
 #endif
 
@@ -425,10 +421,11 @@ __attribute__((noinline)) Tops read_plain(Staged& x, const Tensors& t, const uin
   return top;
 }
 
-// Patterns of a group of the averaged gradient, as average() and narrow() make them. Of a pair of words each is a float where
-// it lies, but for a shift of the lower one. A loop of its own: inside the stages' it leaves too few registers.
+// Patterns of a group of the averaged gradient, as average() and narrow() make them, but for NaNs, which keep their bits. Of a
+// pair of words each is a float where it lies, but for a shift of the lower one. A loop of its own: inside the stages' it
+// leaves too few registers.
 ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
-  const Ints one = all(1), below_half = all(0x7fffu), nan = all(kNan), upper = all(0xffff0000u);
+  const Ints bit = all(0x10000u), below_half = all(0x7fffu), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
   ahead_of<uint16_t>(s, at);
@@ -444,12 +441,14 @@ ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
     Ints near[2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {  // as nearest_even()
-      const Floats x = sum[j] * mean;
-      const Ints odd = both(ZL_OP(srli_epi32)(as_ints(x), 16), one);
-      near[j] = nan_or(x, nan, ZL_OP(add_epi32)(ZL_OP(add_epi32)(as_ints(x), below_half), odd));
+      const Ints x = as_ints(sum[j] * mean);
+      near[j] = plus_odd(ZL_OP(add_epi32)(x, below_half), x, bit);
     }
     store(to + i, both_or(near[1], upper, ZL_OP(srli_epi32)(near[0], 16)));
   }
+}
+__attribute__((noinline)) void make_words_plain(uint16_t* g) {
+  for (int i = 0; i < kGroup; ++i) g[i] = nearest_even(widen(bf16{g[i]}));
 }
 
 // One turn, `stages` of which have a group. `average`: the gradient is that of `s`, from `start`.
@@ -497,7 +496,9 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
   }
   if constexpr (read) {
     Tops top = largest(tops);
-    if (is_rare(first.scales, row.adam.beta2)) top = read_plain(now, first, average ? now.g : first.g, row.adam);
+    const bool nan = average && top.m > kInfinity;
+    if (nan) make_words_plain(now.g);
+    if (nan || is_rare(first.scales, row.adam.beta2)) top = read_plain(now, first, average ? now.g : first.g, row.adam);
     set_scales(now, first, top);
   }
 }
