@@ -102,6 +102,7 @@ struct Constants {
   Ints word_size, word_byte, split;
 #if defined(ZL_BYTES)
   Ints low_bits, high_bits, high_bits_signed, code_bits, sign_bits, byte_order;
+  __mmask64 pairs[4];
 #endif
   Ints size, factor, least;
   Floats half, two;
@@ -118,6 +119,7 @@ ZL_FN Ints bits_of(Bits b) {
 }
 // Where bytes of two floats begin: at bit `at` of the one and of the other.
 ZL_FN Ints positions(uint64_t at) { return _mm512_set1_epi16(static_cast<short>(at | (at + 32) << 8)); }
+constexpr uint64_t kPair = 0x0303030303030303;  // the first two bytes of each eight
 // Which byte of Codes is that of each element of a group.
 ZL_FN Ints byte_order() {
   alignas(64) uint8_t order[kGroup];
@@ -157,6 +159,7 @@ ZL_FN Constants constants() {
                  positions(kDropped),
                  positions(24),
                  byte_order(),
+                 {kPair, kPair << 2, kPair << 4, kPair << 6},
 #endif
                  all(0x7fffffffu),
                  all(0x85ebca6bu),
@@ -190,7 +193,7 @@ struct Units {
 // Stages of a turn, and how many turns after it was read a group passes them.
 constexpr int kRead = 1, kRoot = 2, kDivide = 4, kStepping = 8, kWrite = 16;
 constexpr int kRootAfter = 1, kDivideAfter = 2, kStepAfter = 3, kWriteAfter = 4;
-constexpr int kRing = 8;  // groups in hand, as a power of two
+constexpr int kHand = kWriteAfter + 1;  // groups in hand
 
 struct Tensors {
   uint16_t* param;
@@ -321,16 +324,16 @@ struct Codes {
   Ints m, sign, v;
 };
 template <int i>
-ZL_FN Ints with_bytes(Ints to, Ints positions, Ints from) {
+ZL_FN Ints with_bytes(Ints to, Ints positions, Ints from, const Constants& k) {
   if constexpr (i == 0) return _mm512_multishift_epi64_epi8(positions, from);
-  return _mm512_mask_multishift_epi64_epi8(to, 0x0303030303030303ull << 2 * i, positions, from);
+  return _mm512_mask_multishift_epi64_epi8(to, k.pairs[i], positions, from);
 }
 template <int i>
 ZL_FN void write_floats(Codes& to, const Staged& x, Ints g, const Units& units, const WideRow& r, const Constants& k) {
   const Thrown t = throw_dice(x, kFloats * i, g, units, r, k);
-  to.m = with_bytes<i>(to.m, k.code_bits, t.m);
-  to.v = with_bytes<i>(to.v, k.code_bits, t.v);
-  to.sign = with_bytes<i>(to.sign, k.sign_bits, load(x.m + kFloats * i));
+  to.m = with_bytes<i>(to.m, k.code_bits, t.m, k);
+  to.v = with_bytes<i>(to.v, k.code_bits, t.v, k);
+  to.sign = with_bytes<i>(to.sign, k.sign_bits, load(x.m + kFloats * i), k);
 }
 template <int i>
 ZL_FN void write_words(Codes& to, const Staged& x, int, Ints gw, const Units& units, const WideRow& r, const Constants& k) {
@@ -451,15 +454,15 @@ __attribute__((noinline)) void make_words_plain(uint16_t* g) {
   for (int i = 0; i < kGroup; ++i) g[i] = nearest_even(widen(bf16{g[i]}));
 }
 
-// One turn, `stages` of which have a group. `average`: the gradient is that of `s`, from `start`.
+// One turn, `stages` of which have a group: hand[i] was read i turns before. `average`: the gradient is that of `s`, from `start`.
 template <bool average, bool l2, int stages>
-ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int64_t k, Staged* ring, const WideRow& r,
+ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int64_t k, Staged* const* hand, const WideRow& r,
                 const MomentRow& row, const Constants& c) {
   constexpr bool read = stages & kRead, step = stages & kStepping, write = stages & kWrite;
   const Tensors first = at_group(all_groups, read ? k : 0), stepped = at_group(all_groups, step ? k - kStepAfter : 0);
   const Tensors written = at_group(all_groups, write ? k - kWriteAfter : 0);
-  Staged& now = ring[k & (kRing - 1)];
-  Staged& last = ring[(k - kWriteAfter) & (kRing - 1)];
+  Staged& now = *hand[0];
+  Staged& last = *hand[kWriteAfter];
   Units from = {}, to = {};
   if constexpr (read)
     from = {ZL_OP(set1_ps)(from_units<MomentCode>(first.scales[0])),
@@ -484,11 +487,11 @@ ZL_FN void turn(const Tensors& all_groups, const Sources& s, int64_t start, int6
         const Ints gw = load((average ? now.g : first.g) + here);
         read_words<l2>(now, here, first, gw, mw[j], vw[j], from, r, c, tops);
       }
-      if constexpr (stages & kRoot) root_words(ring[(k - kRootAfter) & (kRing - 1)], here);
-      if constexpr (stages & kDivide) eps_words(ring[(k - kDivideAfter) & (kRing - 1)], here, r);
+      if constexpr (stages & kRoot) root_words(*hand[kRootAfter], here);
+      if constexpr (stages & kDivide) eps_words(*hand[kDivideAfter], here, r);
       if constexpr (write) write_words<j>(codes, last, here, load((average ? last.g : written.g) + here), to, r, c);
-      if constexpr (step) step_words(ring[(k - kStepAfter) & (kRing - 1)], here, stepped, r, c);
-      if constexpr (stages & kDivide) divide_words(ring[(k - kDivideAfter) & (kRing - 1)], here);
+      if constexpr (step) step_words(*hand[kStepAfter], here, stepped, r, c);
+      if constexpr (stages & kDivide) divide_words(*hand[kDivideAfter], here);
     };
     half.template operator()<0>();
     half.template operator()<1>();
@@ -515,19 +518,25 @@ __attribute__((noinline)) void adam_codes(const Tensors& tensors, const Sources&
       ""
       : "+m"(c));  // else the compiler, which knows them, makes them anew in each turn, three instructions each
 #endif
-  Staged ring[kRing];
+  Staged groups_in_hand[kHand];
+  Staged* hand[kHand];
+  for (int i = 0; i < kHand; ++i) hand[i] = groups_in_hand + i;
   const auto in = [&](int64_t k, int after) { return k >= after && k - after < groups; };
 
   for (int64_t k = 0; k < groups + kWriteAfter; ++k) {
     if (k >= kWriteAfter && k < groups) {
-      turn<average, l2, kRead | kRoot | kDivide | kStepping | kWrite>(t, s, start, k, ring, r, row, c);
-      continue;
+      turn<average, l2, kRead | kRoot | kDivide | kStepping | kWrite>(t, s, start, k, hand, r, row, c);
+    } else {
+      if (in(k, 0)) turn<average, l2, kRead>(t, s, start, k, hand, r, row, c);
+      if (in(k, kRootAfter)) turn<average, l2, kRoot>(t, s, start, k, hand, r, row, c);
+      if (in(k, kDivideAfter)) turn<average, l2, kDivide>(t, s, start, k, hand, r, row, c);
+      if (in(k, kStepAfter)) turn<average, l2, kStepping>(t, s, start, k, hand, r, row, c);
+      if (in(k, kWriteAfter)) turn<average, l2, kWrite>(t, s, start, k, hand, r, row, c);
     }
-    if (in(k, 0)) turn<average, l2, kRead>(t, s, start, k, ring, r, row, c);
-    if (in(k, kRootAfter)) turn<average, l2, kRoot>(t, s, start, k, ring, r, row, c);
-    if (in(k, kDivideAfter)) turn<average, l2, kDivide>(t, s, start, k, ring, r, row, c);
-    if (in(k, kStepAfter)) turn<average, l2, kStepping>(t, s, start, k, ring, r, row, c);
-    if (in(k, kWriteAfter)) turn<average, l2, kWrite>(t, s, start, k, ring, r, row, c);
+    Staged* const written = hand[kWriteAfter];
+#pragma GCC unroll 8
+    for (int i = kWriteAfter; i > 0; --i) hand[i] = hand[i - 1];
+    hand[0] = written;
   }
 }
 
