@@ -183,22 +183,23 @@ void average_groups(float* __restrict g, const Sources& s, int64_t at, int64_t n
 }
 
 #if defined(__AVX2__)
-void reduce_adam_codes(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
+template <class C>
+void reduce_adam_wide(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
   const int64_t groups = (stop - start) / kGroup, at = start + groups * kGroup;
-  if (groups > 0) adam_whole(t, s, r, start, groups);
+  if (groups > 0) adam_whole<C>(t, s, r, start, groups);
   if (at == stop) return;
   float g[kGroup] = {};
   bf16 words[kGroup];
   average<bf16>(g, s, at, stop - at);
   narrow_all(words, g, kGroup);
-  adam_last(t, s, &words[0].bits, r, at, stop - at);
+  adam_last<C>(t, s, &words[0].bits, r, at, stop - at);
 }
 #endif
 
 void reduce_adam_moments(const MomentTensors& t, const Sources& s, const MomentRow& r, int64_t start, int64_t stop) {
 #if defined(__AVX2__)
-  if (t.bytes && t.dtype == Dtype::kBFloat16 && s.dtype == Dtype::kBFloat16)
-    return reduce_adam_codes(t, s, r, start, stop);
+  if (t.dtype == Dtype::kBFloat16 && s.dtype == Dtype::kBFloat16)
+    return t.bytes ? reduce_adam_wide<uint8_t>(t, s, r, start, stop) : reduce_adam_wide<uint16_t>(t, s, r, start, stop);
 #endif
   const bool halves = t.dtype == Dtype::kBFloat16 ? kHalves<uint16_t> : kHalves<float>;
   alignas(64) float g[kBlock];

@@ -50,10 +50,15 @@ void run_moments(const Kernels& table, Dtype dtype, bool bytes, int64_t start, i
   const int width = bytes ? 1 : 2;
   Exact p(stop, width_of(dtype)), rest(stop, dtype == Dtype::kHalf ? 4 : 2), m(stop, width), v(stop, width);
   Exact scales((stop + kGroup - 1) / kGroup * 2, 1), g(stop, 2);
-  const void* sources[] = {g.data};
+  const void* sources[] = {g.data, g.data, g.data};
   auto* codes = reinterpret_cast<uint8_t*>(scales.data);
   const MomentTensors t{p.data, rest.data, m.data, v.data, codes, dtype, bytes};
-  table.reduce_adam_moments(t, {sources, 1, Dtype::kBFloat16, 1.0f}, {row(), 3.0f}, start, stop);
+  for (int count = 1; count <= 3; ++count)
+    for (int scale : {100, 240}) {  // 240: of moments that are not finite
+      memset(codes, scale, (stop + kGroup - 1) / kGroup * 2);
+      const Sources s{sources, count, Dtype::kBFloat16, 1.0f / static_cast<float>(count)};
+      table.reduce_adam_moments(t, s, {row(), 3.0f}, start, stop);
+    }
 }
 
 void run_rest(const Kernels& table, Dtype dtype, int64_t start, int64_t stop) {

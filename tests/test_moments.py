@@ -199,17 +199,20 @@ def test_second_moments_past_the_largest_end_there_and_their_roots_do_not(isa, k
 
 @pytest.mark.parametrize("isa", ISAS)
 @kinds
-@pytest.mark.parametrize("beta2", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("beta2, l2", [(0.0, 0.0), (0.3, 0.0), (0.999, 0.0), (0.999, 0.1), (0.5 * (1 - 2**-24), 0.0)])
 @pytest.mark.parametrize("size", [1e-15, 1e-3, 1e38, math.inf])
 @pytest.mark.parametrize("count", [1, 2])
-def test_moments_at_both_ends_of_floats(isa, kind, beta2, size, count):
+def test_moments_at_both_ends_of_floats(isa, kind, beta2, l2, size, count):
     """beta2 times a unit is subnormal where gradients are near 1e-15; first moments are infinite from 2^128 on; averages of
-    gradients are NaN where infinite ones cancel."""
+    gradients are NaN where infinite ones cancel. A parameter that is not finite comes into its moments by l2 alone."""
     kernels.set_isa(isa)
     n = 64 * 9 + 13
     ours, theirs = coded(n, kind, torch.bfloat16), coded(n, kind, torch.bfloat16)
+    for tensors in (ours, theirs):
+        here = torch.tensor([70, n - 3, n - 1])
+        tensors[0][here], tensors[1][here] = torch.tensor([-math.inf, math.inf, math.nan]).bfloat16(), 0
     rows = rows_of(1)
-    rows[:, 4], rows[:, 5], rows[:, 0] = beta2, 1 - beta2, 1.0
+    rows[:, 4], rows[:, 5], rows[:, 0], rows[:, 1] = beta2, 1 - beta2, 1.0, l2
     for step in range(4):
         grad = (wide(n, 7, 1.0).sign() * size * (torch.arange(n) % 5 < 2)).nan_to_num(0.0, math.inf, -math.inf)
         grad += wide(n, step, 1.0).clamp(-30, 30) * min(size, 1e-3)
