@@ -13,68 +13,75 @@ import pytest
 ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    pytest.mark.timeout(400),  # compilers with sanitizers, beside other tests
+    pytest.mark.timeout(600),  # compilers with sanitizers, beside other tests
 ]
 
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-fsanitize=thread"]
 
 
-def build(out: Path, csrc: Path, flags: list[str]) -> Path:
-    """The driver and csrc/, with the flags that setup.py compiles with, at -O1."""
-    spec = importlib.util.spec_from_file_location("zerolite_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    common = ["g++", *[f for f in setup.FLAGS if f != "-O3"], "-O1", "-g", *flags, f"-I{csrc}", "-c"]
-    jobs = [
-        ("kernels_cpu.cpp", f"{name}.o", [f"-DZL_TABLE={table}", f'-DZL_NAME="{name}"', *march])
-        for table, name, march in setup.TABLES
-    ]
-    jobs += [(source, f"{source}.o", []) for source in ("dispatch.cpp", "pool.cpp")]
-    commands = [[*common, *extra, str(csrc / source), "-o", str(out / output)] for source, output, extra in jobs]
-    commands.append([*common, str(ROOT / "tests" / "sanitize.cpp"), "-o", str(out / "driver.o")])
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
-            assert result.returncode == 0, result.stderr
-    binary = out / "sanitize"
-    objects = [str(out / output) for _, output, _ in jobs] + [str(out / "driver.o")]
-    subprocess.run(["g++", *flags, *objects, "-pthread", "-o", str(binary)], check=True)
-    return binary
+class Build:
+    """Objects of the driver and of csrc/, with the flags that setup.py compiles with, at -O1. Compiling takes minutes, so the
+    proof that a sanitizer bites compiles only what it breaks anew."""
 
+    def __init__(self, out: Path, flags: list[str]) -> None:
+        spec = importlib.util.spec_from_file_location("zerolite_setup", ROOT / "setup.py")
+        setup = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(setup)
+        self.out, self.flags = out, flags
+        self.common = ["g++", *[f for f in setup.FLAGS if f != "-O3"], "-O1", "-g", *flags, "-c"]
+        self.jobs = {
+            f"{name}.o": ("csrc/kernels_cpu.cpp", [f"-DZL_TABLE={table}", f'-DZL_NAME="{name}"', *march])
+            for table, name, march in setup.TABLES
+        }
+        self.jobs |= {"dispatch.o": ("csrc/dispatch.cpp", []), "pool.o": ("csrc/pool.cpp", [])}
+        self.jobs["driver.o"] = ("tests/sanitize.cpp", [])
+        self.compile(ROOT, list(self.jobs))
 
-def run(binary: Path, what: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(binary), what], capture_output=True, text=True, timeout=300)
+    def compile(self, root: Path, names: list[str]) -> None:
+        def one(name: str) -> subprocess.CompletedProcess[str]:
+            source, extra = self.jobs[name]
+            command = [*self.common, f"-I{root / 'csrc'}", *extra, str(root / source), "-o", str(self.out / name)]
+            return subprocess.run(command, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(2) as pool:
+            for result in pool.map(one, names):
+                assert result.returncode == 0, result.stderr
+        objects = [str(self.out / name) for name in self.jobs]
+        subprocess.run(["g++", *self.flags, *objects, "-pthread", "-o", str(self.out / "sanitize")], check=True)
+
+    def run(self, what: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(self.out / "sanitize"), what], capture_output=True, text=True, timeout=300)
 
 
 def broken(tmp_path: Path, name: str, right: str, wrong: str) -> Path:
-    """A copy of csrc/ with one mistake."""
-    copy = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", copy)
-    source = copy / name
+    """A copy of the sources with one mistake."""
+    for folder in ("csrc", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    source = tmp_path / "csrc" / name
     text = source.read_text()
     assert right in text
     source.write_text(text.replace(right, wrong, 1))
-    return copy
+    return tmp_path
 
 
 def test_kernels_stay_inside_their_tensors_and_within_defined_behaviour(tmp_path):
-    result = run(build(tmp_path, ROOT / "csrc", MEMORY), "kernels")
+    build = Build(tmp_path, MEMORY)
+    result = build.run("kernels")
     assert result.returncode == 0 and "tables" in result.stdout, result.stderr[-3000:]
 
-
-def test_pool_and_flags_have_no_race(tmp_path):
-    result = run(build(tmp_path, ROOT / "csrc", THREADS), "threads")
-    assert result.returncode == 0 and "pool and flags" in result.stdout, result.stderr[-3000:]
-
-
-def test_an_index_too_far_is_found(tmp_path):
     right = "for (int64_t i = 0; i < n; ++i) {\n    float p_ = p[i]"
-    copy = broken(tmp_path, "kernels_cpu.cpp", right, right.replace("<", "<="))
-    result = run(build(tmp_path, copy, MEMORY), "kernels")
+    build.compile(broken(tmp_path / "far", "kernels_cpu.cpp", right, right.replace("<", "<=")), ["baseline.o"])
+    result = build.run("kernels")
     assert result.returncode != 0 and "overflow" in result.stderr
 
 
-def test_a_relaxed_flag_is_found(tmp_path):
-    copy = broken(tmp_path, "flags.h", "std::memory_order_release", "std::memory_order_relaxed")
-    result = run(build(tmp_path, copy, THREADS), "threads")
+def test_pool_and_flags_have_no_race(tmp_path):
+    build = Build(tmp_path, THREADS)
+    result = build.run("threads")
+    assert result.returncode == 0 and "pool and flags" in result.stdout, result.stderr[-3000:]
+
+    wrong = broken(tmp_path / "relaxed", "flags.h", "std::memory_order_release", "std::memory_order_relaxed")
+    build.compile(wrong, ["pool.o", "driver.o"])
+    result = build.run("threads")
     assert result.returncode != 0 and "data race" in result.stderr
