@@ -37,6 +37,7 @@ LAYERS = {
     "feed": 3,
     "updates": 4,
     "update": 2,
+    "probe": 1,
     "gradient": 3,
     "bucket": 3,
     "reducer": 3,

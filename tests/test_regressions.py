@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
+import warnings
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from models import Net, Run, equal, loss_of, make, seeded, tokens_for
 from ranks import on_processes, on_threads
 from torch import nn
 from torch.nn.utils import prune
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 import zerolite
@@ -1051,3 +1053,146 @@ def test_a_forward_of_the_instance_makes_a_unit():
     assert [unit.name for unit in optimizer._parts.schedule.units] == ["0", "1"]
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
+
+
+class Inner(torch.optim.Optimizer):
+    """Steps another optimizer, as wrappers for logging do."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_an_optimizer_that_steps_another_one_is_refused():
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    with pytest.raises(NotImplementedError, match=r"Inner: its step leaves the parameters .* steps another optimizer"):
+        zerolite.ZeroOptimizer(Inner(torch.optim.SGD(model.parameters(), lr=0.1)), model)
+    assert torch.equal(model.weight, before)
+
+
+def halved(step):
+    @functools.wraps(step)
+    def wrapper(self, *args, **options):
+        for group in self.param_groups:
+            group["lr"] *= 0.5
+        try:
+            return step(self, *args, **options)
+        finally:
+            for group in self.param_groups:
+                group["lr"] *= 2
+
+    return wrapper
+
+
+class Halved(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @halved
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("kind", [Halved, torch.optim.SGD])
+def test_decorators_of_a_step_count_and_global_hooks_run_once(kind):
+    ran = []
+    hook = register_optimizer_step_post_hook(lambda *_: ran.append(1))
+    results = []
+    for wrap in (False, True):
+        model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+        optimizer = kind(model.parameters(), lr=0.1)
+        if wrap:
+            optimizer = zerolite.ZeroOptimizer(optimizer, model, bucket_mb=0.0001)
+        ran.clear()
+        for _ in range(3):
+            model(torch.ones(2, 8)).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in model.parameters()])
+        assert len(ran) <= 3
+    hook.remove()
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.scale, self.out = nn.Embedding(10, 8), nn.Parameter(torch.ones(8)), nn.Linear(8, 1)
+
+    def forward(self, tokens):
+        return self.out(self.embedding(tokens) * self.scale).pow(2).mean()
+
+
+def test_a_step_inside_a_backward_raises_at_stage_3():
+    model = seeded(Scaled)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, stage=3)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: optimizer.step() and None)
+    with pytest.raises(RuntimeError, match=r"step\(\): expected to be called after backward\(\), got called inside"):
+        model(torch.arange(10)).backward()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_cleared_edited_gradients_are_gradients_that_are_not_there(stage, to_none):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.x = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x, expert):
+            return self.x[expert](self.a(x)).pow(2).mean()
+
+    def body(comm):
+        model = seeded(Experts)
+        optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, process_group=comm)
+        model(torch.ones(2, 4), comm.rank).backward()
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        optimizer.zero_grad(set_to_none=to_none)  # this step is left out
+        for p in model.parameters():
+            assert p.grad is None if to_none else not bool(p.grad.any())
+        model(torch.ones(2, 4), comm.rank).backward()
+        optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    first, second = on_threads(2, body)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_fp16_master_outlives_writes_that_change_nothing(stage):
+    def end(limit):
+        model = seeded(lambda: nn.Sequential(nn.Embedding(16, 8, max_norm=limit), nn.Linear(8, 16)))
+        optimizer = zerolite.ZeroOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0), model, stage=stage, param_dtype=torch.float16
+        )
+        for step in range(20):
+            tokens = torch.randint(0, 16, (32,), generator=torch.Generator().manual_seed(step))
+            nn.functional.cross_entropy(model(tokens).float(), tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.full_state()["0.weight"]["master"]
+
+    assert torch.equal(end(None), end(1000.0))  # which is never reached
+
+
+def test_pretrained_files_of_a_compiled_model(tmp_path):
+    model = seeded(lambda: nn.Linear(4, 4))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model)
+    compiled = torch.compile(model, backend="eager")
+    before = model.weight.detach().clone()
+    zerolite.save_pretrained(compiled, tmp_path)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.weight.zero_()
+    zerolite.load_pretrained(compiled, tmp_path)
+    assert torch.equal(model.weight, before) and not optimizer.skipped_steps

@@ -359,11 +359,11 @@ class Grads:
         self._renew(repeat(True))
         for entry in [] if set_to_none else self.entries:
             grad = entry.param.grad
-            if isinstance(grad, LazyGrad):
+            if grad is not None and not isinstance(grad, LazyGrad):
+                grad.detach_().zero_()
+            if isinstance(grad, LazyGrad) or (grad is not None and entry.handle is not None):
                 entry.state = HELD
                 entry.param.grad = entry.handle
-            elif grad is not None:
-                grad.detach_().zero_()
 
 
 def _unfit(entry: Entry, grad: Tensor) -> Exception:

@@ -141,6 +141,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         built.check_replaced()
         self._check_groups()
         if built.schedule is not None:
+            if torch._C._current_graph_task_id() >= 0:
+                raise RuntimeError(
+                    "step(): expected to be called after backward(), got called inside of it, which at stage 3 still needs "
+                    "parameters. Step after the backward, or use stage 2."
+                )
             built.schedule.unpin()
         present = built.grads.settle_step()
         used, table = any(present), built.grads.table

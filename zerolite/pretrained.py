@@ -53,6 +53,7 @@ def load_pretrained(
     Optimizer states stay as they are. Raises on every rank, before anything is written: ValueError for names and shapes that
     do not fit or ranks that see different files, RuntimeError where another rank failed.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     built = built_of(model, "load_pretrained", "without one, use model.load_state_dict(safetensors.torch.load_file(path))")
     problem: Exception | None = None
     told: Any = None

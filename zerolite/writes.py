@@ -62,6 +62,8 @@ def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None, quiet: bo
         assert piece.offset == at - start
         new = bucket.full[at : at + piece.stop - piece.start].to(bucket.mine.device)
         changed = torch.ones_like(new, dtype=torch.bool)
+        if bucket.rest.numel() and bucket.rest.dtype != torch.int16:  # an fp32 master, which tells what it was
+            changed = new.view(bits_dtype(new.dtype)) != bucket.rest[part].to(new.dtype).view(bits_dtype(new.dtype))
         if apart or before is not None:
             old = bucket.mine if before is None else before
             changed = new.view(bits_dtype(new.dtype)) != old[part].view(bits_dtype(new.dtype))
