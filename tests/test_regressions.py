@@ -1196,3 +1196,21 @@ def test_pretrained_files_of_a_compiled_model(tmp_path):
         model.weight.zero_()
     zerolite.load_pretrained(compiled, tmp_path)
     assert torch.equal(model.weight, before) and not optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_states_that_cannot_be_cut_with_the_parameter_are_refused(size):
+    class Vector(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                state["product"] = state.get("product", torch.ones(size)) * 0.9
+                p.sub_(p.grad * 1e-2 / (1 - state["product"][0]))
+
+    model = nn.Linear(4, 4)
+    with pytest.raises(NotImplementedError, match=rf"Vector: expected states .* got 'product' of shape \({size},\)"):
+        zerolite.ZeroOptimizer(Vector(model.parameters()), model)

@@ -79,9 +79,14 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
             f"{name}: its step writes {changed} to the param group once a step, and zerolite runs one step a bucket. "
             "Use an optimizer that keeps its state in `state`."
         )
-    states = [value for state in twin.state.values() for value in state.values()]
-    sizes = [value.numel() * value.element_size() for value in states if isinstance(value, Tensor) and value.dim() > 0]
-    return sum(sizes) // start.numel()
+    states = [(key, value) for state in twin.state.values() for key, value in state.items() if isinstance(value, Tensor)]
+    for key, value in states:
+        if value.dim() > 0 and value.shape != start.shape:
+            raise NotImplementedError(
+                f"{name}: expected states of the parameter's shape {tuple(start.shape)}, or scalars (torch.tensor(0.0)), got "
+                f"'{key}' of shape {tuple(value.shape)}, which cannot be cut with the parameter."
+            )
+    return sum(value.numel() * value.element_size() for _, value in states if value.dim() > 0) // start.numel()
 
 
 def _initial_state(known: list[tuple[Tensor, dict[str, Any]]], part: Tensor) -> dict[str, Any]:
