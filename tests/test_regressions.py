@@ -1185,10 +1185,11 @@ def test_an_fp16_master_outlives_writes_that_change_nothing(stage):
     assert torch.equal(end(None), end(1000.0))  # which is never reached
 
 
-def test_pretrained_files_of_a_compiled_model(tmp_path):
+@pytest.mark.parametrize("before_wrapping", [False, True])
+def test_pretrained_files_of_a_compiled_model(tmp_path, before_wrapping):
     model = seeded(lambda: nn.Linear(4, 4))
-    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model)
     compiled = torch.compile(model, backend="eager")
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), compiled if before_wrapping else model)
     before = model.weight.detach().clone()
     zerolite.save_pretrained(compiled, tmp_path)
     with torch.no_grad(), warnings.catch_warnings():

@@ -53,8 +53,8 @@ def load_pretrained(
     Optimizer states stay as they are. Raises on every rank, before anything is written: ValueError for names and shapes that
     do not fit or ranks that see different files, RuntimeError where another rank failed.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    built = built_of(model, "load_pretrained", "without one, use model.load_state_dict(safetensors.torch.load_file(path))")
+    instead = "without one, use model.load_state_dict(safetensors.torch.load_file(path))"
+    model, built = built_of(model, "load_pretrained", instead)
     problem: Exception | None = None
     told: Any = None
     wanted = Wanted(model)
@@ -87,16 +87,18 @@ def load_pretrained(
     return result
 
 
-def built_of(model: nn.Module, caller: str, instead: str) -> Built:
-    """What a ZeroOptimizer made of the model. Raises ValueError where there is none."""
-    reference = BUILT.get(model)
-    built = reference() if reference is not None else None
-    if built is None:
-        raise ValueError(
-            f"{caller}: expected the model that a ZeroOptimizer was built with, got another one. Build "
-            f"ZeroOptimizer(optimizer, model) first; {instead}."
-        )
-    return built
+def built_of(model: nn.Module, caller: str, instead: str) -> tuple[nn.Module, Built]:
+    """The model that a ZeroOptimizer was built with, this one or what torch.compile wrapped in it, and what was made of it.
+    Raises ValueError where there is none."""
+    for known in (model, getattr(model, "_orig_mod", model)):
+        reference = BUILT.get(known)
+        built = reference() if reference is not None else None
+        if built is not None:
+            return known, built
+    raise ValueError(
+        f"{caller}: expected the model that a ZeroOptimizer was built with, got another one. Build "
+        f"ZeroOptimizer(optimizer, model) first; {instead}."
+    )
 
 
 def at_rest(built: Built, caller: str) -> None:

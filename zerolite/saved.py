@@ -54,8 +54,8 @@ def save_pretrained(
     the safetensors package read it; of tied parameters the first name is written. Raises on every rank: ValueError for a
     model without a ZeroOptimizer, RuntimeError inside full_params() or where rank 0 could not write.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    built = built_of(model, "save_pretrained", "without one, use safetensors.torch.save_file(model.state_dict(), path)")
+    instead = "without one, use safetensors.torch.save_file(model.state_dict(), path)"
+    model, built = built_of(model, "save_pretrained", instead)
     problem: Exception | None = None
     try:
         if not isinstance(file_bytes, Integral) or file_bytes < 1:
