@@ -261,6 +261,13 @@ __attribute__((noinline)) void adam_codes(const Tensors<C>& tensors, const Sourc
   }
 }
 
+// The same, with a term for weight decay where the row has one.
+template <bool average, class C>
+void adam_codes(const Tensors<C>& t, const Sources& s, int64_t start, const MomentRow& row, int64_t groups) {
+  if (row.adam.l2 != 0.0f) return adam_codes<average, true>(t, s, start, row, groups);
+  adam_codes<average, false>(t, s, start, row, groups);
+}
+
 template <class C>
 ZL_FN Tensors<C> tensors_at(const MomentTensors& x, int64_t at) {
   return {static_cast<uint16_t*>(x.param) + at, static_cast<int16_t*>(x.rest) + at, static_cast<C*>(x.m) + at,
@@ -272,9 +279,8 @@ template <class C>
 void adam_whole(const MomentTensors& x, const Sources& s, const MomentRow& row, int64_t at, int64_t groups) {
   Tensors<C> t = tensors_at<C>(x, at);
   t.g = static_cast<const uint16_t*>(s.data[0]) + at;
-  const bool average = s.count > 1 || s.mean != 1.0f, l2 = row.adam.l2 != 0.0f;
-  if (l2) return average ? adam_codes<true, true>(t, s, at, row, groups) : adam_codes<false, true>(t, s, at, row, groups);
-  return average ? adam_codes<true, false>(t, s, at, row, groups) : adam_codes<false, false>(t, s, at, row, groups);
+  if (s.count == 1 && s.mean == 1.0f) return adam_codes<false>(t, s, at, row, groups);
+  adam_codes<true>(t, s, at, row, groups);
 }
 
 // A parameter's last group of `left` elements, by a gradient that is padded.
@@ -288,10 +294,7 @@ void adam_last(const MomentTensors& x, const Sources& s, const uint16_t* g, cons
   copy(rest, end.rest, left);
   copy(m, end.m, left);
   copy(v, end.v, left);
-  if (row.adam.l2 != 0.0f)
-    adam_codes<false, true>(group, s, 0, row, 1);
-  else
-    adam_codes<false, false>(group, s, 0, row, 1);
+  adam_codes<false>(group, s, 0, row, 1);
   copy(end.param, param, left);
   copy(end.rest, rest, left);
   copy(end.m, m, left);

@@ -47,7 +47,8 @@ class Pass:
 def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None, quiet: bool) -> None:
     """Takes what was written to the parameters in `slots` into `mine` and the master.
 
-    before  what `mine` held, where it is a view of `full` and so cannot tell; without it all of a written parameter is new
+    before  what `mine` held, where it is a view of `full` and so cannot tell. Without it an fp32 master tells, and next to a
+            remainder all of a written parameter is new
     quiet   no warning that masters restart
     """
     # is `mine` no view of `full`?
@@ -61,12 +62,15 @@ def adopt(bucket: Bucket, slots: Sequence[int], before: Tensor | None, quiet: bo
         at = bucket.layout.slots[piece.slot].offset + piece.start
         assert piece.offset == at - start
         new = bucket.full[at : at + piece.stop - piece.start].to(bucket.mine.device)
-        changed = torch.ones_like(new, dtype=torch.bool)
-        if bucket.rest.numel() and bucket.rest.dtype != torch.int16:  # an fp32 master, which tells what it was
-            changed = new.view(bits_dtype(new.dtype)) != bucket.rest[part].to(new.dtype).view(bits_dtype(new.dtype))
-        if apart or before is not None:
+        bits = bits_dtype(new.dtype)
+        if before is not None or apart:
             old = bucket.mine if before is None else before
-            changed = new.view(bits_dtype(new.dtype)) != old[part].view(bits_dtype(new.dtype))
+            changed = new.view(bits) != old[part].view(bits)
+        elif bucket.rest.numel() and bucket.rest.dtype != torch.int16:
+            changed = new.view(bits) != bucket.rest[part].to(new.dtype).view(bits)
+        else:
+            changed = torch.ones_like(new, dtype=torch.bool)
+        if before is not None or apart:
             bucket.mine[part] = new
             if bucket.apart and bucket.own is not bucket.mine:  # the device's shard, which the next gather takes
                 bucket.own[part] = new
