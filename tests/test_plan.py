@@ -166,10 +166,11 @@ def untied():
     return Net(tied=False)
 
 
-def peak(comm, stage, dtype, micro, clip, kind):
+def peak(comm, stage, dtype, micro, clip, kind, **more):
     """Planned peak, the largest sum that was seen, and the largest bucket."""
     watch = Watch()
-    model, optimizer = make(Run(stage=stage, dtype=dtype, bucket_mb=1e-3), WatchedComm(comm, watch), seeded(kind))
+    run = Run(stage=stage, dtype=dtype, bucket_mb=1e-3, more=tuple(more.items()))
+    model, optimizer = make(run, WatchedComm(comm, watch), seeded(kind))
     watch.optimizer = optimizer
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: watch.look())
@@ -186,7 +187,7 @@ def peak(comm, stage, dtype, micro, clip, kind):
         optimizer.step()
         optimizer.zero_grad()
     options = {"stage": stage, "param_dtype": dtype, "bucket_mb": 1e-3, "micro_batches": micro, "clip": clip}
-    plan = zerolite.plan(meta(kind), world=comm.size, ranks_per_host=1, **options)
+    plan = zerolite.plan(meta(kind), world=comm.size, ranks_per_host=1, **options, **more)
     return plan.bytes_peak["host"] - plan.setting.beside, watch.most, max(row.full for row in plan.rows)
 
 
@@ -199,6 +200,17 @@ def test_the_peak_of_a_step_is_the_planned_one_within_a_bucket(stage, world, kin
         for planned, seen, bucket in on_threads(world, peak, *options) if world > 1 else [peak(LocalComm(), *options)]:
             # a gradient that autograd holds has no padding, and one that waits for its bucket is a bit more
             assert seen - 64 <= planned <= seen + bucket, (micro, clip, planned, seen, bucket)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", [even, Net, untied])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_peak_of_a_step_in_the_backward_is_the_planned_one_within_a_bucket(world, kind, dtype):
+    def body(comm):
+        return peak(comm, 3, dtype, 1, False, kind, step_in_backward=True)
+
+    for planned, seen, bucket in on_threads(world, body) if world > 1 else [body(LocalComm())]:
+        assert seen - 64 <= planned <= seen + bucket, (planned, seen, bucket)
 
 
 def near_peak(comm, way, micro, clip, kind):
@@ -266,13 +278,13 @@ def heard_peak(rank, runs, clip):
             for step in range(2):
                 for part in range(run.micro):
                     loss_of(model, tokens_for(step, part, rank)).backward()
-                if clip:
+                if clip and not run.more:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
         plan = zerolite.plan(
             meta(), stage=run.stage, world=2, param_dtype=run.dtype, bucket_mb=run.bucket_mb, clip=clip,
-            micro_batches=run.micro, ranks_per_host=2 if optimizer.plan.setting.shared else 1,
+            micro_batches=run.micro, ranks_per_host=2 if optimizer.plan.setting.shared else 1, **dict(run.more),
         )  # fmt: skip
         found.append((plan.bytes_peak["host"] - plan.setting.beside, timeline.peak.sample, max(r.full for r in plan.rows)))
     return found
@@ -281,6 +293,7 @@ def heard_peak(rank, runs, clip):
 @pytest.mark.parametrize("shared", ["0", "1"])
 def test_the_peak_of_processes_is_the_planned_one_within_a_bucket(shared):
     runs = [Run(stage=s, dtype=torch.bfloat16, bucket_mb=1e-3, micro=micro) for s in (0, 1, 2, 3) for micro in (1, 2, 3, 4)]
+    runs.append(Run(stage=3, dtype=torch.bfloat16, bucket_mb=1e-3, more=(("step_in_backward", True),)))
     for found in on_processes(2, heard_peak, runs, True, env={"ZEROLITE_SHARED": shared}, timeout=60.0):
         for run, (planned, sample, bucket) in zip(runs, found, strict=True):
             # buffers do not tell of the whole fp32 average that a bucket's update takes at stage 0

@@ -35,6 +35,7 @@ class Trip(NamedTuple):
     missing: int  # of what rests after the backward, what is not there before its turn
     leaving: int = 0  # its average, which leaves the device
     large: bool = False  # its round is averaged before the next one is packed
+    average: int = 0  # its average, where that does not rest
 
 
 class Most(NamedTuple):
@@ -59,6 +60,8 @@ def highest(plan: Plan) -> Most:
             pass  # packed in memory that is counted by itself, and nothing comes back to the device
         elif not plan.alone:
             packed, flight = 0 if setting.shared or row.unpacked else full, 2 * full * far // plan.size
+        elif plan.step_in_backward:
+            packed = full * (not row.unpacked)
         elif rounds == 1 and not leaves:
             missing = full  # gradients come to rest one after the other; elsewhere their memory stays from step to step
             packed = -full * row.unpacked  # it rests as it came
@@ -71,7 +74,8 @@ def highest(plan: Plan) -> Most:
         whole = full if plan.params.sharded and not plan.once else 0
         leaving = row.layout.shard * row.widths.param * leaves
         missing *= row.trained
-        found.append(Trip(row.unit, whole, arrived, early, packed, flight, missing, leaving, full > limit))
+        average = row.layout.shard * row.widths.param * row.trained * (plan.step_in_backward and not plan.alone)
+        found.append(Trip(row.unit, whole, arrived, early, packed, flight, missing, leaving, full > limit, average))
     return most(found)
 
 
@@ -106,12 +110,13 @@ def most(trips: Sequence[Trip]) -> Most:
         if trip.arrived:
             early -= trip.early
             missing -= trip.missing
-            look(early + max(trip.arrived + trip.packed, trip.flight) + before - missing, leaving=max(left, coming))
+            gone = trip.flight + trip.average
+            look(early + max(trip.arrived + trip.packed + trip.average, gone) + before - missing, leaving=max(left, coming))
             here = not trip.flight or trip.large  # averaged by now
             if trip.large:
-                look(early + trip.flight - missing, leaving=trip.leaving)
+                look(early + gone - missing, leaving=trip.leaving)
             left, coming = (trip.leaving, 0) if here else (coming, trip.leaving)
-            before = 0 if here else trip.flight
+            before = 0 if here else gone
     return max(moments, key=sum)
 
 

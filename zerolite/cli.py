@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--dtype", choices=DTYPES, default="bf16", help="compute dtype of the parameters (bf16)")
     options.add_argument("--bucket-mb", type=float, default=DEFAULT_BUCKET_MB, metavar="MIB", help="size of a bucket (25)")
     options.add_argument("--micro-batches", type=int, default=1, metavar="K", help="backward passes before a step (1)")
+    options.add_argument(
+        "--step-in-backward",
+        action="store_true",
+        help="stage 3 whose gradients do not rest: updated in the backward, unclipped",
+    )
     options.add_argument("--batch", metavar="BxT", help="token ids of this shape, e.g. 4x1024: adds activations")
     options.add_argument("--json", action="store_true", help="the same as JSON")
     args = parser.parse_args(given)
@@ -110,12 +115,13 @@ def _plan(args: argparse.Namespace) -> int:
         param_dtype=DTYPES[args.dtype],
         bucket_mb=args.bucket_mb,
         micro_batches=args.micro_batches,
+        step_in_backward=args.step_in_backward,
         gradients=args.gradients,
         device_bytes=limits.device,
         batch=None if args.batch is None else _tokens(args.batch),
     )
     found = rates()
-    ways = choices(True, device, whole=False)
+    ways = choices(True, device, whole=False, in_backward=args.step_in_backward)
     ranked = question.candidates(ways, question.kinds, limits, found)
     fits = [candidate for candidate in ranked if not candidate.missing]
     exact = [candidate for candidate in fits if candidate.moments == "fp32"]

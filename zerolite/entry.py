@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: backward (autograd's) that brought it last, or HELD.
 NONE = -1  # nothing was collected
 USED = -2  # a step used it up and p.grad was not cleared since
+DONE = -3  # its update was made in the backward, and step() is still to come
 HELD = sys.maxsize  # it came from no backward: assigned, zeroed, or from other ranks alone
 
 
@@ -98,7 +99,7 @@ class Entry:
 
     @property
     def state(self) -> int:
-        """Where the gradient stands: NONE, USED, a backward's number, or HELD."""
+        """Where the gradient stands: NONE, USED, DONE, a backward's number, or HELD."""
         return self.table.state[self.index]
 
     @state.setter
@@ -112,8 +113,8 @@ class Entry:
 
     @property
     def consumed(self) -> bool:
-        """Whether a step used them up and p.grad was not cleared since."""
-        return self.state == USED
+        """Whether an update used them up and p.grad was not cleared since."""
+        return self.state <= USED
 
     @property
     def factor(self) -> float:

@@ -11,8 +11,8 @@ from operator import and_, attrgetter, is_, is_not, not_
 import torch
 from torch import Tensor
 
-from zerolite.entry import HELD, NONE, USED, Entry
-from zerolite.lazy_grad import LazyGrad
+from zerolite.entry import DONE, HELD, NONE, USED, Entry
+from zerolite.lazy_grad import LazyGrad, check
 from zerolite.norm import gradient_norms
 from zerolite.reducer import History, Reducer, grads_of
 from zerolite.views import Views, owned
@@ -152,10 +152,7 @@ class Grads:
                 raise RuntimeError(_foreign(entry))
             if entry.consumed:
                 grad.incoming = None
-                raise RuntimeError(
-                    f"parameter '{entry.name}': a new backward() came after step() without zero_grad(), and the last "
-                    "gradients are used up. Call optimizer.zero_grad() after each step."
-                )
+                raise RuntimeError(_used_up(entry))
             handle, grad = grad, grad.incoming
             handle.incoming = None
             grad = None if grad is None else owned(grad)
@@ -189,7 +186,7 @@ class Grads:
             rows = list(map(_row, handles))
             if max(rows) >= len(known) or not all(map(is_, map(known.__getitem__, rows), handles)):
                 return None
-        if USED in map(state.__getitem__, rows) or not all(map(is_, map(_incoming, handles), repeat(None))):
+        if min(map(state.__getitem__, rows), default=0) <= USED or not all(map(is_, map(_incoming, handles), repeat(None))):
             return None
         return rows
 
@@ -213,7 +210,7 @@ class Grads:
         """torch.nn.utils.clip_grad_norm_ with the same bits, without a call for each parameter; None: for torch to do."""
         table = self.table
         known = list(map(table.numbers.get, map(id, params)))
-        if self.reducer.active or None in known or USED in table.state or not self._untouched() or self.views:
+        if self.reducer.active or None in known or min(table.state) <= USED or not self._untouched() or self.views:
             return None
         rows = [row for row in known if row is not None and table.handles[row] is not None]
         if not rows or len(set(map(_place, map(table.params.__getitem__, rows)))) != 1:
@@ -245,12 +242,12 @@ class Grads:
 
     def read(self, entry: Entry) -> Tensor:
         """The averaged gradient with its factors, whole (a collective). Shape of the parameter, the handle's dtype."""
+        check(entry.handle)  # type: ignore[arg-type]
         self.reducer.settle(f"read {entry.name}")
         assert entry.bucket is not None
         full = entry.bucket.whole_gradient()
         grads_of(entry.bucket).average.coming.sync()
         value = grads_of(entry.bucket).view(full, entry.slot)
-        assert entry.handle is not None
         value = value.float() * entry.factor if entry.factor != 1.0 else value.clone()  # not the average itself
         return value.to(entry.handle.device, entry.handle.dtype)
 
@@ -282,6 +279,11 @@ class Grads:
         for entry in self.entries:
             grad = entry.param.grad
             present.append(grad is not None)
+            if entry.state == DONE and grad is not entry.handle:
+                raise RuntimeError(
+                    f"parameter '{entry.name}': p.grad was set to None or assigned between backward() and step(). With "
+                    "step_in_backward=True the update is made by then: clear gradients after step()."
+                )
             if grad is None:
                 if entry.live:
                     self.drop(entry)
@@ -289,7 +291,7 @@ class Grads:
             elif isinstance(grad, LazyGrad):
                 if grad is not entry.handle:
                     raise RuntimeError(_foreign(entry))
-                if entry.consumed:
+                if entry.state == USED:
                     raise RuntimeError(
                         f"parameter '{entry.name}': step() was called twice for one gradient. Call zero_grad() and "
                         "backward() between steps."
@@ -373,6 +375,19 @@ def _unfit(entry: Entry, grad: Tensor) -> Exception:
             "Use torch.autograd.grad(..., create_graph=True) for the inner derivative."
         )
     return ValueError(f"parameter '{entry.name}': expected a dense gradient, got layout {grad.layout}.")
+
+
+def _used_up(entry: Entry) -> str:
+    if entry.state == DONE:
+        return (
+            f"parameter '{entry.name}': its gradient came again after its update. With step_in_backward=True there is one "
+            "synchronised backward() a step, in which each gradient comes once: sum micro-batches under no_sync(), call step() "
+            "after each backward(), and checkpoint with use_reentrant=False."
+        )
+    return (
+        f"parameter '{entry.name}': a new backward() came after step() without zero_grad(), and the last gradients are used "
+        "up. Call optimizer.zero_grad() after each step."
+    )
 
 
 def _foreign(entry: Entry) -> str:

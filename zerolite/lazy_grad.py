@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _foreach_utils
 from torch.utils import _pytree as pytree
 
-from zerolite.entry import Entry
+from zerolite.entry import DONE, Entry
 from zerolite.views import Views, followed
 
 _aten = torch.ops.aten
@@ -99,7 +99,7 @@ class LazyGrad(Tensor):
             param.grad = self.source.written[self.row] = values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        state = "used up by step()" if self.entry.consumed else "averaged over ranks when read"
+        state = "used up by its update" if self.entry.consumed else "averaged over ranks when read"
         return f"LazyGrad('{self.entry.name}', shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -216,7 +216,7 @@ def _replaced(handle: LazyGrad) -> Tensor | None:
 
 
 def _norm_tensor(handle: LazyGrad, order: float) -> Tensor:
-    _check(handle)
+    check(handle)
     replaced = _replaced(handle)
     if replaced is not None:
         return torch.linalg.vector_norm(replaced, order, dtype=torch.float32)
@@ -234,7 +234,7 @@ def _scale(func: Any, args: Any, kwargs: Any) -> Any:
         or _replaced(handle) is not None
     ):
         return NotImplemented
-    _check(handle)
+    check(handle)
     handle.entry.factor = _apply(func.overloadpacket, handle.entry.factor, float(by))
     return handle
 
@@ -253,7 +253,7 @@ def _foreach_scale(func: Any, args: Any, kwargs: Any) -> Any:
     numbers = [*map(float, by)] if isinstance(by, (list, tuple)) else [float(by)] * len(grads)  # a tensor is read once
     recorded = [isinstance(grad, LazyGrad) and _replaced(grad) is None for grad in grads]
     for grad in compress(grads, recorded):
-        _check(grad)
+        check(grad)
     for grad, factor, number, ours in zip(grads, factors, numbers, recorded, strict=True):
         if ours:
             grad.entry.factor = _apply(func.overloadpacket, grad.entry.factor, number)
@@ -272,7 +272,7 @@ def _unscale(func: Any, args: Any, kwargs: Any) -> Any:
     if handles and not handles[0].source.finite():
         found_inf.fill_(1.0)
     for handle in handles:
-        _check(handle)
+        check(handle)
         handle.entry.factor *= float(inv_scale)
     return None
 
@@ -336,7 +336,7 @@ def _materialised(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(value, LazyGrad):
             return value
         if id(value) not in read:
-            _check(value)
+            check(value)
             value.source.views.settle()
             known = _replaced(value)
             if known is None:
@@ -367,11 +367,17 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[LazyGrad]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, LazyGrad)]
 
 
-def _check(handle: LazyGrad) -> None:
+def check(handle: LazyGrad) -> None:
+    """Raises where a handle stands for no gradient."""
     entry = handle.entry
     if handle is not entry.handle:
         raise RuntimeError(
             f"this p.grad of '{entry.name}' is of an earlier gradient, which zero_grad() cleared. Keep p.grad.clone()."
+        )
+    if entry.state == DONE:
+        raise RuntimeError(
+            f"p.grad of '{entry.name}': expected a gradient that rests, got one that its update in the backward used up "
+            "(step_in_backward=True). Build the ZeroOptimizer without step_in_backward to clip, unscale or read gradients."
         )
     if entry.consumed:
         raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from zerolite.auto import settle
 from zerolite.bucket import Bucket, Entry
 from zerolite.build import Built, build, late_buckets
 from zerolite.comm.group import make_comm
+from zerolite.early import Early
 from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
@@ -50,6 +52,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         resident: part of the states, 0.0 to 1.0, that stays on the GPU with offload="states"; "auto": what its memory takes.
         gradients: where they rest with offload="states" until the update: "host", "device" (2 bytes a parameter on the GPU
             instead of the host), or "auto": on the GPU where the plan finds room for them, else on the host.
+        step_in_backward: True: each parameter is updated as soon as its averaged gradient is there, inside of backward(), so
+            gradients do not rest (stage 3; 2 bytes a parameter less). The same bits; nothing can be clipped or skipped, and
+            micro-batches are summed under no_sync().
         process_group: a torch.distributed group; None: the default group, or a world of one.
 
     Rank 0's parameters and buffers are copied to all ranks. Raises TypeError, ValueError or NotImplementedError,
@@ -73,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         update: str = "auto",
         resident: float | str = 0.0,
         gradients: str = "auto",
+        step_in_backward: bool = False,
         process_group: Any = None,
     ) -> None:
         self._built: Built | None = None
@@ -88,6 +94,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "update": update,
             "resident": resident,
             "gradients": gradients,
+            "step_in_backward": step_in_backward,
         }
         options, reasons = settle(optimizer, model, options, comm)
         built = build(optimizer, model, options, comm)
@@ -102,6 +109,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
+        self._early: Early | None = None
+        if built.plan.step_in_backward and built.schedule is not None:
+            me = weakref.ref(self)
+            check, groups = (lambda: me()._check()), (lambda: me().param_groups)  # type: ignore[union-attr]
+            self._early = Early(built.reducer, built.schedule, built.grads.table, check, groups)
         if optimizer.state:
             try:
                 self._load(optimizer.state_dict())
@@ -138,8 +150,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         built = self._settled
-        built.check_replaced()
-        self._check_groups()
+        self._check()
         if built.schedule is not None:
             if torch._C._current_graph_task_id() >= 0:
                 raise RuntimeError(
@@ -148,6 +159,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 )
             built.schedule.unpin()
         present = built.grads.settle_step()
+        present = present if self._early is None else self._early.left(present)
         used, table = any(present), built.grads.table
         finite = built.reducer.finite() if used else True  # a collective where anything large was seen
         if used and not (finite and all(map(math.isfinite, compress(table.factors, present)))):
@@ -171,8 +183,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             here = list(compress(bucket.entries, map(present.__getitem__, bucket.rows)))
             built.updates.update(bucket, targets(bucket, here), here)
 
-    def _check_groups(self) -> None:
-        """Param groups may be edited, but not behind the optimizer's back or into something it does not do."""
+    def _check(self) -> None:
+        """Raises where a parameter was replaced. Param groups may be edited, but not behind the optimizer's back or into
+        something it does not do."""
+        self._parts.check_replaced()
+        self._whole = None
         known, table = self._parts.params, self._parts.grads.table
         for group in self.param_groups:
             self._parts.rule.check(group)
@@ -204,6 +219,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, as torch.optim.Optimizer.zero_grad."""
         self._parts.updates.check()
+        if self._early is not None:
+            self._early.clear()
         with torch._C.DisableTorchFunctionSubclass():  # p.grad of a parameter that waits for its value
             self._parts.grads.clear(set_to_none)
         self._parts.comm.ledger.note("zero_grad", "")

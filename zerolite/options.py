@@ -53,6 +53,25 @@ def check_update(update: object) -> None:
         raise ValueError(f"update: expected one of {', '.join(map(repr, UPDATES))}, got {update!r}")
 
 
+def check_in_backward(step_in_backward: object, sharded: bool, stage: object, offload: object) -> None:
+    """Raises ValueError where a backward cannot update parameters.
+
+    sharded  parameters rest sharded, so that a unit that is in use is not what is updated
+    """
+    if not isinstance(step_in_backward, bool):
+        raise ValueError(f"step_in_backward: expected True or False, got {step_in_backward!r}")
+    if step_in_backward and not sharded:
+        raise ValueError(
+            f"step_in_backward=True: expected stage=3, got stage={stage!r}, at which other ranks may still be using the "
+            "parameters that a backward would update. Use stage=3."
+        )
+    if step_in_backward and offload:
+        raise ValueError(
+            f"step_in_backward=True: expected offload=None, got offload={offload!r}, with which gradients rest on the host and "
+            "the update overlaps with the next forward. Use one of the two."
+        )
+
+
 class Keeper:
     """Which buckets keep their states on the device: the first in forward order, as far as their part goes."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from zerolite.backward import FP32, highest, pair, passing, top
 from zerolite.layout import ALIGN, Layout
-from zerolite.options import check_gradients, check_resident
+from zerolite.options import check_gradients, check_in_backward, check_resident
 from zerolite.parts import arena, part_room
 from zerolite.records import Placement, Row, Setting, Term, Widths
 
@@ -46,6 +46,7 @@ class Plan:
     rows: tuple[Row, ...] = ()
     setting: Setting = field(default_factory=Setting)
     resident: float = 0.0  # part of the elements whose states stay on the device, though offloaded
+    step_in_backward: bool = False  # buckets are updated as they are averaged: gradients do not rest
     reasons: tuple[str, ...] = ()  # why this one was chosen
 
     def at_rest(self, term: str) -> int:
@@ -59,7 +60,7 @@ class Plan:
             elements = layout.shard if placement.sharded else layout.numel
             if term == "params":
                 total += elements * width.param
-            elif trained:
+            elif trained and not (term == "grads" and self.step_in_backward):
                 total += elements * width.param if term == "grads" else width.states_of(elements)
         return total
 
@@ -316,13 +317,14 @@ class Plan:
 
     def changes(self, other: Plan) -> int:
         """How many of stage, offload and (with the same offload) the gradients' home another plan changes."""
-        same = self.offload == other.offload
-        return (self.stage != other.stage) + (not same) + (same and self.grads.home != other.grads.home)
+        same, other_way = self.offload == other.offload, self.step_in_backward != other.step_in_backward
+        return (self.stage != other.stage) + (not same) + (same and self.grads.home != other.grads.home) + other_way
 
     @property
     def label(self) -> str:
         """Stage and offload in words."""
         near = ", gradients='device'" if self.offload and self.grads.home == "device" else ""
+        near += ", step_in_backward=True" * self.step_in_backward
         return f"stage {self.stage}" + (f", offload={self.offload!r}" if self.offload else "") + near
 
 
@@ -333,11 +335,13 @@ def _sizes(rows: Sequence[Row]) -> list[tuple[int, int]]:
     return [(row.layout.shard, row.widths.param) for row in rows]
 
 
-def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | None]]:
+def choices(offload: object, device: str, whole: bool, in_backward: bool = False) -> list[tuple[int, str | None]]:
     """Stages and offloads that are alternatives, for a given offload or (True) for all (on a CPU, where nothing moves, none).
 
-    whole  parameters cannot be sharded: there is no model
+    whole  parameters cannot be sharded: there is no model; in_backward: only what can be updated there
     """
+    if in_backward:
+        return [] if whole or offload not in (None, True) else [(STAGES[-1], None)]
     offloads: Sequence[str | None] = OFFLOADS if device != "cpu" else (None,)
     if offload is not True:
         offloads = [offload if offload is None else str(offload)]
@@ -345,7 +349,14 @@ def choices(offload: object, device: str, whole: bool) -> list[tuple[int, str | 
     return [(stage, way) for stage, way in found if not (way == "all" and stage < 3) and not (whole and stage == 3)]
 
 
-def make_plan(stage: object, offload: object, size: int, resident: object = 0.0, gradients: object = "auto") -> Plan:
+def make_plan(
+    stage: object,
+    offload: object,
+    size: int,
+    resident: object = 0.0,
+    gradients: object = "auto",
+    step_in_backward: object = False,
+) -> Plan:
     """The placements of a ZeRO stage. Raises ValueError for options that do not exist or do not go together.
 
     gradients "auto" means "host" here: whether there is room on the device is for the planner to say.
@@ -360,6 +371,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0,
             f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "
             f"stage={number}. Use stage=3 or offload='states'."
         )
+    check_in_backward(step_in_backward, number >= 3, stage, offload)
     part = check_resident(resident, offload)
     check_gradients(gradients, offload)
     host = "host" if offload else "device"
@@ -372,6 +384,7 @@ def make_plan(stage: object, offload: object, size: int, resident: object = 0.0,
         grads=Placement(number >= 2 or host == "host", "device" if gradients == "device" else host),
         states=Placement(number >= 1, host),
         resident=part,
+        step_in_backward=bool(step_in_backward),
     )
 
 

@@ -29,7 +29,7 @@ from zerolite.partition import (
     find_units,
     names_of,
 )
-from zerolite.placement import Plan, Row, Setting, Widths, choices, make_plan, with_rows
+from zerolite.placement import STAGES, Plan, Row, Setting, Widths, choices, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
 from zerolite.update import make_rule
@@ -85,7 +85,7 @@ class Question:
         self.model = model
         self.params = params
         self.optimizer = optimizer
-        self.options = {"resident": 0.0, "gradients": "auto", **options}
+        self.options = {"resident": 0.0, "gradients": "auto", "step_in_backward": False, **options}
         self.world = world
         self.setting = setting
         self._cuts: dict[tuple[bool, int], list[tuple[int, Any]]] = {}
@@ -114,7 +114,8 @@ class Question:
         resident, near = (self.options[name] for name in ("resident", "gradients")) if offload == "states" else (0.0, "auto")
         if resident == "auto" or (near == "auto" and offload == "states"):
             return self._fullest(stage, offload, moments, world)
-        plan = make_plan(stage, offload, self.world if world is None else world, resident, near)
+        once = self.options["step_in_backward"]
+        plan = make_plan(stage, offload, self.world if world is None else world, resident, near, once)
         keeper = Keeper(plan.resident, sum(p.numel() for _, p in self.params if p.requires_grad))
         if plan.params.sharded and self.model is None:
             raise ValueError(
@@ -222,10 +223,12 @@ def choose(
             raise DoesNotFit(_refusal(question, Candidate(plan, moments, 0.0, missing), limits, found or rates()))
         return plan
     kinds = question.kinds if free[2] else [moments]
-    ways = choices(True if free[1] else offload, question.setting.device, question.whole)
+    once = question.options["step_in_backward"] is True
+    ways = choices(True if free[1] else offload, question.setting.device, question.whole, once)
     ways = [way for way in ways if free[0] or way[0] == stage]
     if not ways:
-        make_plan(stage, None if free[1] else offload, question.world)  # raises for what does not exist
+        asked = max(STAGES) if free[0] else stage, None if free[1] else offload
+        make_plan(*asked, question.world, step_in_backward=once)  # raises for what does not exist
         raise ValueError(f"stage={stage!r}, offload={offload!r}: expected a combination that exists, and a model for stage 3.")
     found = found or rates()
     ranked = question.candidates(ways, kinds, limits, found)
@@ -274,6 +277,7 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
     )
     near: list[tuple[tuple[float, ...], str]] = []
     ways = choices(True, question.setting.device, question.whole)
+    question = replace_options(question, step_in_backward=False)
     for doubling in range(9):  # more ranks only where these do not do
         world = question.world << doubling
         for other in question.alternatives(ways, limits, found, world):
@@ -304,6 +308,7 @@ def question_of(
     batch: Any = None,
     micro_batches: int = 1,
     clip: bool = True,
+    step_in_backward: bool = False,
     resident: float | str = 0.0,
     gradients: str = "auto",
     update: str = "auto",
@@ -314,6 +319,11 @@ def question_of(
     for name, value in (("world", world), ("ranks_per_host", here), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if step_in_backward is True and micro_batches > 1:
+        raise ValueError(
+            f"micro_batches: expected 1 with step_in_backward=True, where each synchronised backward() is a step, got "
+            f"{micro_batches}. Sum micro-batches under no_sync()."
+        )
     if here > world or world % here:
         raise ValueError(f"ranks_per_host: expected a divisor of world={world}, got {here}")
     if device not in ("cpu", "cuda"):
@@ -335,7 +345,7 @@ def question_of(
     saved = None if batch is None else activations(model, batch, param_dtype)
     setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved, feed=feed_size(update, threaded=True))
     options: dict[str, Any] = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
-    options |= {"resident": resident, "gradients": gradients}
+    options |= {"resident": resident, "gradients": gradients, "step_in_backward": step_in_backward}
     return Question(model, params, optimizer, options, world, setting, device_bytes), what
 
 
@@ -363,7 +373,8 @@ def plan(
         host_bytes: limit of one host's memory for all its ranks.
         options: world=1, ranks_per_host=None (all on one host), param_dtype=None, units=None, bucket_mb=25.0,
             optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True, resident=0.0,
-            gradients="auto" (with offload="states" on the device where device_bytes leaves room), update="auto".
+            gradients="auto" (with offload="states" on the device where device_bytes leaves room), update="auto",
+            step_in_backward=False.
 
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """

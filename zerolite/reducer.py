@@ -53,6 +53,9 @@ class Reducer:
     finished: set[int]  # ids of buckets of which no more comes in this backward
     version: int  # counts changes of gradients, but for what hooks take by themselves: see `moment`
     wait: Callable[[], None]  # until no update reads gradients any more
+    going: Callable[[Bucket], None]  # a bucket is about to go out, where rounds go out in the backward
+    take: Callable[[Bucket], None]  # takes in what has gone out of a bucket: averages it
+    bad: Callable[[], bool]  # whether something that is not finite was taken in already
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
@@ -65,6 +68,9 @@ class Reducer:
         self.version = 0
         self.task = -1
         self.wait = lambda: None
+        self.going = lambda bucket: None
+        self.take = lambda bucket: grads_of(bucket).finish()
+        self.bad = lambda: False
         self.at_start = []
         self.at_end = []
         self.reset()
@@ -128,6 +134,11 @@ class Reducer:
         self.open = True
         slot = entry.slot
         if slot in grads.arrived or slot in grads.packed or slot in grads.arrivals.gone:
+            if self.plan.step_in_backward:
+                raise RuntimeError(
+                    f"parameter '{entry.name}': its gradient came again in one backward (a reentrant checkpoint that uses it "
+                    "twice). With step_in_backward=True it has to come once: checkpoint with use_reentrant=False."
+                )
             self.local = True  # until `union`, when the backward is over
             grads.repeat(slot, grad)
         elif grads.put(slot, grad):
@@ -157,20 +168,27 @@ class Reducer:
             grads = grads_of(self.order[self.next])
             if not (grads.complete or id(self.order[self.next]) in self.finished):
                 return
-            grads.start()
-            if self.next > 0:
-                grads_of(self.order[self.next - 1]).finish()
-            if self.large[self.next] or not any(flight.pending.under_way for flight in grads.flights):
-                grads.finish()
-            self.next += 1
+            self._go_out()
+
+    def _go_out(self) -> None:
+        """Sends the next bucket."""
+        bucket = self.order[self.next]
+        grads = grads_of(bucket)
+        self.going(bucket)
+        grads.start()
+        if self.next > 0:
+            self.take(self.order[self.next - 1])
+        if self.large[self.next] or not any(flight.pending.under_way for flight in grads.flights):
+            self.take(bucket)
+        self.next += 1
 
     def leave(self) -> None:
         """The backward is over: where gradients rest sharded, what is left goes out."""
         if self.active and self.plan.grads.sharded and self.sync:
-            for bucket in self.order[self.next :]:
-                grads_of(bucket).start()
+            while self.next < len(self.order):
+                self._go_out()
             for bucket in self.order:
-                grads_of(bucket).finish()
+                self.take(bucket)
             self.open = False
         for bucket in self.order:
             grads_of(bucket).close()
@@ -223,14 +241,16 @@ class Reducer:
         backward where gradients rest sharded (a bucket was taken for over too early), and what came again, goes out now."""
         late = [self.plan.grads.sharded and grads_of(bucket).left for bucket in self.order]
         again = [grads_of(bucket).again for bucket in self.order]
-        mine = [*present, *late, *again]
+        mine = [*present, *late, *again, self.bad()]
         mark = zlib.crc32(bytes(mine))
         marks = torch.tensor([mark, -mark])
         self.comm.max_(marks, what)
         if int(marks[0]) != -int(marks[1]):
             flags = self._union(mine, f"{what} presence")
             first, second = len(present), len(present) + len(late)
-            present, late, again = flags[:first], flags[first:second], flags[second:]
+            present, late, again, mine = flags[:first], flags[first:second], flags[second:-1], flags
+        if self.plan.step_in_backward:
+            self._check_once(late, again, mine[-1])
         for bucket, plain, wide in zip(self.order, late, again, strict=True):
             if plain or (wide and not self.plan.grads.sharded):
                 grads_of(bucket).start()
@@ -241,6 +261,17 @@ class Reducer:
                 grads_of(bucket).finish()
         self.local = False
         return present
+
+    def _check_once(self, late: list[bool], again: list[bool], bad: bool) -> None:
+        """Raises where an update in the backward was made of a part of a gradient, or of one that is not finite."""
+        which = [bucket.name for bucket, *more in zip(self.order, late, again, strict=True) if any(more)]
+        if bad or which:
+            what = "a gradient is not finite" if bad else f"gradients of bucket '{which[0]}' came after their turn"
+            raise (FloatingPointError if bad else RuntimeError)(
+                f"{what}, on some rank, and step_in_backward=True has updated parameters with it: this step cannot be skipped "
+                "or repaired. Load a checkpoint, call optimizer.zero_grad(), and go on; or build the ZeroOptimizer without "
+                "step_in_backward."
+            )
 
     def _union(self, present: list[bool], what: str) -> list[bool]:
         flags = torch.tensor(present, dtype=torch.int64)

@@ -127,6 +127,7 @@ class Schedule:
     in_backward: Callable[[], bool]
     begin_backward: Callable[[], None]
     send: Callable[[list[Bucket]], None]  # no more gradients of these come in this backward
+    needs: Callable[[Unit], None]  # a unit is about to be used
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class Schedule:
         self.in_backward = in_backward
         self.begin_backward = begin_backward
         self.send = send
+        self.needs = lambda unit: None
         self.entered = []
         self.order = []
         self.seen = []
@@ -208,6 +210,7 @@ class Schedule:
                 self._watch(leaf)
         if self.in_backward():  # a recomputation, whose graph may be a backward of its own
             self._send_over(unit)
+        self.needs(unit)
         unit.ready()
         if not unit.reached:
             self._prefetch(unit, -1 if self.in_backward() else 1)
@@ -254,6 +257,7 @@ class Schedule:
         unit.inputs += has_inputs
         for other in self.units if unit.is_root else (unit,):
             if other is unit or other.is_root:
+                self.needs(other)
                 other.ready()
         self._prefetch(unit, -1)
 

@@ -36,8 +36,9 @@ class Sample:
 
     @property
     def work(self) -> str:
-        """The phase of the time before the event: sending and averaging inside a backward count as exchange."""
-        return "exchange" if self.event in ("exchange", "average") else self.phase
+        """The phase of the time before the event: sending and averaging inside a backward count as exchange, and an update there
+        as update."""
+        return "exchange" if self.event in ("exchange", "average") else "update" if self.event == "update" else self.phase
 
     @property
     def label(self) -> str:
