@@ -134,7 +134,7 @@ def grown(others: list[At], at: At, world: int, known: Sequence[int]) -> float:
 
 
 @functools.cache
-def question(shape: str, world: int) -> Any:
+def question(shape: str, world: int, in_backward: bool) -> Any:
     """What zerolite is asked about this shape (JSON) at this world, on one host."""
     import torch
 
@@ -143,7 +143,7 @@ def question(shape: str, world: int) -> Any:
 
     with torch.device("meta"):
         model = Shape(**json.loads(shape)).build()
-    return question_of(model, world=world, param_dtype=torch.bfloat16)[0]
+    return question_of(model, world=world, param_dtype=torch.bfloat16, step_in_backward=in_backward)[0]
 
 
 def planned(row: Row, world: int, name: str) -> float:
@@ -157,7 +157,8 @@ def planned(row: Row, world: int, name: str) -> float:
         chosen = re.match(r"stage (\d)(?:, offload='(\w+)')?", options["chosen"])
         assert chosen is not None, options["chosen"]
         stage, offload = int(chosen[1]), chosen[2]
-    plan = question(json.dumps(row["shape"]), world).plan(stage, offload, options["moments"])
+    asked = question(json.dumps(row["shape"]), world, options.get("step_in_backward", False))
+    plan = asked.plan(stage, offload, options["moments"])
     if name == "peak":
         return sum(plan.used(home, host=True) for home in ("device", "host"))
     kept = [term for term in plan.terms if term.when == "always" and (plan.setting.shared or term.name != "gradients")]

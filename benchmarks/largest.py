@@ -27,7 +27,8 @@ from benchmarks.step import launch
 from benchmarks.suite import left_out
 from benchmarks.systems import ALONE, choose
 
-DEFAULT = "DDP,FSDP2,DeepSpeed,zerolite 1,zerolite 2,zerolite 3,zerolite 2 + int8 moments,zerolite 3 + int8 moments"
+DEFAULT = "DDP,FSDP2,DeepSpeed,zerolite 1,zerolite 2,zerolite 3,zerolite 2 + int8 moments,zerolite 3 + int8 moments,"
+DEFAULT += "zerolite 3 + step in backward,zerolite 3 + int8 moments + step in backward"
 TRIALS = 10.0  # of one search, for the progress bar
 
 

@@ -167,7 +167,9 @@ def zerolite(stage: int | str, **options: Any) -> Callable[[Job], Trained]:
         else:
             model = job.model()
         optimizer = ZeroOptimizer(adamw(model.parameters()), model, stage=stage, **options)
-        trained = stepped(model, model, optimizer, {"stage": stage, **options, "chosen": optimizer.plan.label})
+        settings = {"stage": stage, **options, "chosen": optimizer.plan.label}
+        clip = not optimizer.plan.step_in_backward  # which leaves no gradient to clip
+        trained = stepped(model, model, optimizer, settings, clip)
         ledger = optimizer._parts.comm.ledger
         trained.sent = lambda: sum(ledger.sent.values())
         trained.plan = {t.name: t.host // optimizer.plan.setting.here for t in optimizer.plan.terms if t.when == "always"}
@@ -192,6 +194,8 @@ def all_systems() -> dict[str, System]:
         "zerolite 2 + bf16 moments": System(zerolite(2, moments="bf16"), stage=2),
         "zerolite 2 + int8 moments": System(zerolite(2, moments="int8"), stage=2, core=True),
         "zerolite 3 + int8 moments": System(zerolite(3, moments="int8"), stage=3),
+        "zerolite 3 + step in backward": System(zerolite(3, step_in_backward=True), stage=3),
+        "zerolite 3 + int8 moments + step in backward": System(zerolite(3, moments="int8", step_in_backward=True), stage=3),
         "zerolite auto": System(zerolite("auto")),
     }
     return {

@@ -24,13 +24,15 @@ the first step, construction included (in results of before: the step alone). Me
 and activations included; bytes a parameter are what one rank holds between steps, above what it held before the model
 was there. MB on the wire: what the loopback interface carried, a rank and step.
 Targets at stages 1 to 3: overhead at most 1/2 of DDP's and 1/6 of the best of DeepSpeed's at the stage, first step and peak
-above imports at most 1/2 of it. Columns "of" compare with DDP, and with the best of all of DeepSpeed's.
+above imports at most 1/2 of it. Columns "of" compare with DDP, and with the best of all of DeepSpeed's. "Step in backward"
+updates within the backward's column, and clips nothing; all others clip.
 """,
     "largest": """
 Targets at two ranks: 2 times DeepSpeed's largest with exact moments, 3 times with int8. How it is found, and what a limit is:
 `zerolite bench largest --help`. At two ranks parameters (one copy for both), remainder, moments and gradients rest at
 1 + 1 + 4 + 1 = 7 bytes a parameter and rank, with int8 moments at 4.02; the rest of the column is imports, activations and
 gradients on their way, which a smaller state does not make smaller. The targets ask for 1/2 and 1/3 of DeepSpeed's column.
+"Step in backward" has no gradients at rest, 6 and 3.02 bytes, and clips nothing; all others clip.
 """,
     "passes": """
 Ceilings are plain loops over the same bytes. In caches a loop can be faster than one of them: the sizes here are above.

@@ -1,4 +1,4 @@
-"""step_in_backward: the bits of a step after the backward, no gradients at rest, and an error for what cannot be had with it."""
+"""step_in_backward: the bits of a step after the backward, no gradients at rest, and an error for what it cannot do."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_the_plan_says_so():
 
 
 def test_a_plan_that_does_not_fit_names_the_nearest():
-    with pytest.raises(ValueError, match="stage 3, step_in_backward=True on 2 .*nearest that fit: .*4 ranks"):
+    with pytest.raises(ValueError, match=r"stage 3, step_in_backward=True on 2 .*nearest that fit: .*4 ranks"):
         zerolite.plan("gpt2", world=2, ranks_per_host=1, stage=3, step_in_backward=True, host_bytes="1G")
 
 
@@ -281,7 +281,7 @@ def test_options_that_do_not_go_with_it(options, words):
 
 
 def test_micro_batches_of_a_plan():
-    with pytest.raises(ValueError, match="micro_batches: expected 1 with step_in_backward=True.*no_sync"):
+    with pytest.raises(ValueError, match=r"micro_batches: expected 1 with step_in_backward=True.*no_sync"):
         zerolite.plan(seeded(Net), stage=3, step_in_backward=True, micro_batches=2)
 
 
@@ -320,7 +320,7 @@ def test_gradients_that_are_replaced_before_the_step_are_noticed(assigned):
     model, optimizer = make(early(), LocalComm())
     backward(model, optimizer)
     model.scale.grad = torch.ones(()) if assigned else None
-    with pytest.raises(RuntimeError, match="'scale': p.grad was set to None or assigned between.*after step"):
+    with pytest.raises(RuntimeError, match=r"'scale': p.grad was set to None or assigned between.*after step"):
         optimizer.step()
 
 
@@ -328,7 +328,7 @@ def test_a_second_backward_without_handles_is_noticed():
     model, optimizer = make(early(), LocalComm())
     backward(model, optimizer)
     model.zero_grad()
-    with pytest.raises(RuntimeError, match="expected step\\(\\) after the last one"):
+    with pytest.raises(RuntimeError, match=r"expected step\(\) after the last one"):
         backward(model, optimizer, 1)
 
 
@@ -345,7 +345,7 @@ def test_param_groups_that_change_before_the_step_are_noticed(tensor):
             group["lr"] *= 0.5
     backward(model, optimizer, 2)
     optimizer.param_groups[0]["lr"] *= 0.5
-    with pytest.raises(RuntimeError, match="expected param groups as the backward found them, got others \\(lr\\)"):
+    with pytest.raises(RuntimeError, match=r"expected param groups as the backward found them, got others \(lr\)"):
         optimizer.step()
 
 
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_not_finite_raises_on_every_rank_and_a_checkpoint_hel
         states = optimizer.state_dict()
         if run.more:
             loss = loss_of(model, tokens_for(1, 0, comm.rank))
-            with pytest.raises(FloatingPointError, match="not finite, on some rank.*Load a checkpoint"):
+            with pytest.raises(FloatingPointError, match=r"not finite, on some rank.*Load a checkpoint"):
                 (loss * (float("inf") if comm.rank == 1 else 1.0)).backward()
             optimizer.zero_grad()
             with optimizer.full_params():
@@ -388,7 +388,7 @@ class Detached(Net):
 
 def test_weights_that_are_still_needed_after_their_update_are_noticed():
     model, optimizer = make(early(bucket_mb=1e-6), LocalComm(), seeded(Detached))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|after it"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
         backward(model, optimizer)
 
 

@@ -242,9 +242,9 @@ class Grads:
 
     def read(self, entry: Entry) -> Tensor:
         """The averaged gradient with its factors, whole (a collective). Shape of the parameter, the handle's dtype."""
-        check(entry.handle)  # type: ignore[arg-type]
+        assert entry.bucket is not None and isinstance(entry.handle, LazyGrad)
+        check(entry.handle)
         self.reducer.settle(f"read {entry.name}")
-        assert entry.bucket is not None
         full = entry.bucket.whole_gradient()
         grads_of(entry.bucket).average.coming.sync()
         value = grads_of(entry.bucket).view(full, entry.slot)

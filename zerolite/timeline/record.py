@@ -36,7 +36,7 @@ class Sample:
 
     @property
     def work(self) -> str:
-        """The phase of the time before the event: sending and averaging inside a backward count as exchange, and an update there
+        """The phase of the time before the event: sending and averaging inside a backward count as exchange, and updates there
         as update."""
         return "exchange" if self.event in ("exchange", "average") else "update" if self.event == "update" else self.phase
 
