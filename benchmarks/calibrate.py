@@ -134,7 +134,7 @@ def grown(others: list[At], at: At, world: int, known: Sequence[int]) -> float:
 
 
 @functools.cache
-def question(shape: str, world: int, in_backward: bool) -> Any:
+def question(shape: str, world: int, in_backward: bool = False) -> Any:
     """What zerolite is asked about this shape (JSON) at this world, on one host."""
     import torch
 

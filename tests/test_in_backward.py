@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
-from ranks import GROUP, on_processes, on_threads
+from ranks import GROUP, on_processes, on_threads, outcomes
 from test_parity import DTYPES
 from test_uneven import Experts, finish
 from torch import nn
@@ -344,8 +344,9 @@ def test_param_groups_that_change_before_the_step_are_noticed(tensor):
         for group in optimizer.param_groups:  # after the step, as schedulers do
             group["lr"] *= 0.5
     backward(model, optimizer, 2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # adds an option, which no backward has read
     optimizer.param_groups[0]["lr"] *= 0.5
-    with pytest.raises(RuntimeError, match=r"expected param groups as the backward found them, got others \(lr\)"):
+    with pytest.raises(RuntimeError, match=r"expected param groups as the backward found them, got another lr\. With"):
         optimizer.step()
 
 
@@ -362,7 +363,10 @@ def test_a_gradient_that_is_not_finite_raises_on_every_rank_and_a_checkpoint_hel
             loss = loss_of(model, tokens_for(1, 0, comm.rank))
             with pytest.raises(FloatingPointError, match=r"not finite, on some rank.*Load a checkpoint"):
                 (loss * (float("inf") if comm.rank == 1 else 1.0)).backward()
-            optimizer.zero_grad()
+            with pytest.raises(RuntimeError, match=r"after one that failed.*Load a checkpoint"):
+                optimizer.step()
+            with pytest.warns(UserWarning, match="between two steps until a checkpoint"):
+                optimizer.zero_grad()
             with optimizer.full_params():
                 model.load_state_dict(saved)
             optimizer.load_state_dict(states)
@@ -410,3 +414,236 @@ def test_it_is_one_of_the_options_that_ranks_compare():
         return True
 
     assert on_threads(2, body) == [True, True]
+
+
+def test_a_backward_that_fails_leaves_no_step_behind_it():
+    model, optimizer = make(early(bucket_mb=1e-6), LocalComm(), seeded(lambda: Net(tied=False)))
+    handle = model.blocks[0].up.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"after one that failed.*Load a checkpoint"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="between two steps"):
+        optimizer.zero_grad()
+    handle.remove()
+    backward(model, optimizer, 1)
+    optimizer.step()
+
+
+class Adapted(nn.Module):
+    """A block whose trained part comes last: its gradients are there while the frozen part is still needed."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.adapter = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.adapter(torch.tanh(self.frozen(x + self.extra)))
+
+
+class Adapters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(8))
+        self.blocks = nn.ModuleList([Adapted(), Adapted()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            block.extra = 2 * self.shift  # behind the unit's back
+        return self.blocks[1](x) + self.blocks[0](x)
+
+
+def test_a_unit_that_is_needed_again_for_its_frozen_part_is_gathered_again():
+    def body(comm, run):
+        model = seeded(Adapters)
+        inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=run.stage, process_group=comm, **dict(run.more))
+        for step in range(3):
+            model(torch.full((2, 8), 1.0 + step + comm.rank)).square().sum().backward()
+            result = finish(model, optimizer)
+        return result
+
+    for found, expected in zip(on_threads(2, body, early()), on_threads(2, body, Run(stage=3)), strict=True):
+        assert equal(found, expected)
+
+
+class Parts(nn.Module):
+    """A block with a part that a rank may leave out, and one that is frozen until the script says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in range(2))
+        self.used = True
+
+    def forward(self, x):
+        x = self.base(x)
+        for k, block in enumerate(self.blocks):
+            x = block["a"](x)
+            x = block["b"](x) if self.used or k == 0 else x
+        return x
+
+
+def thawed(group, rank, run):
+    """What begins to train does so in a backward in which ranks use different parameters."""
+    model = seeded(Parts)
+    model.base.requires_grad_(False)
+    model, optimizer = make(run, group, model)
+    model.base.requires_grad_(True)
+    model.used = rank > 0
+    for step in range(2):
+        model(torch.full((2, 8), 1.0 + step)).square().sum().backward()
+        result = finish(model, optimizer)
+    return result
+
+
+def thawed_processes(rank):
+    return [thawed(None, rank, early(bucket_mb=mb)) for mb in (25.0, 1e-6)]
+
+
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_what_begins_to_train_where_ranks_use_different_parameters(env):
+    found = on_processes(2, thawed_processes, env=env)
+    for k, mb in enumerate((25.0, 1e-6)):
+        expected = on_threads(2, lambda comm, mb=mb: thawed(comm, comm.rank, Run(stage=3, bucket_mb=mb)))
+        assert [equal(found[rank][k], expected[rank]) for rank in range(2)] == [True, True]
+
+
+def test_a_gradient_that_is_not_finite_where_its_owner_has_none():
+    def body(comm):
+        model, _optimizer = make(early(bucket_mb=1e-6), comm, seeded(Parts))
+        model.used = comm.rank == 1  # rank 0 owns the first half of what only rank 1 uses
+        if comm.rank == 1:
+            model.blocks[1]["b"].weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), float("inf")))
+        with pytest.raises(FloatingPointError, match="not finite, on some rank"):
+            model(torch.ones(2, 8)).square().sum().backward()
+        return True
+
+    assert on_threads(2, body) == [True, True]
+
+
+def test_a_gradient_that_is_not_finite_of_what_begins_to_train():
+    model = seeded(Net)
+    model.norm.requires_grad_(False)
+    model, optimizer = make(early(), LocalComm(), model)
+    model.norm.requires_grad_(True)
+    model.norm.bias.register_hook(lambda grad: grad * float("inf"))
+    backward(model, optimizer)
+    with pytest.raises(FloatingPointError, match=r"begins to train is not finite.*Load a checkpoint"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="between two steps"):
+        optimizer.zero_grad()
+
+
+def written_by_a_hook(rank, how):
+    model, optimizer = make(early(), None)
+    last = model.blocks[0].norm.bias
+
+    def hook(p):
+        with torch.no_grad():
+            p.clamp_(-5.0, 5.0) if how == "version" else p.data.clamp_(-5.0, 5.0)
+
+    last.register_post_accumulate_grad_hook(hook)
+    backward(model, optimizer, 0, rank)
+    return finish(model, optimizer)
+
+
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_writes_by_hooks_of_the_backward_are_refused(env):
+    for kind, error in outcomes(2, written_by_a_hook, "version", env=env, timeout=10):
+        assert kind == "error" and "written inside of a backward (by a hook)" in error[1]
+
+
+def test_writes_by_hooks_that_no_version_tells_of_do_not_hold_up_an_update_of_shared_parameters():
+    expected = on_threads(2, lambda comm: finish_one(comm))
+    for found, other in zip(on_processes(2, written_by_a_hook, "data"), expected, strict=True):
+        assert equal(found, other)
+
+
+def finish_one(comm):
+    model, optimizer = make(early(), comm)
+    backward(model, optimizer, 0, comm.rank)
+    return finish(model, optimizer)
+
+
+def test_a_backward_inside_full_params_is_refused():
+    model, optimizer = make(early(), LocalComm())
+    with (
+        optimizer.full_params(),
+        torch.enable_grad(),
+        pytest.raises(RuntimeError, match=r"expected outside of `with optimizer"),
+    ):
+        backward(model, optimizer)
+
+
+@pytest.mark.parametrize("what", ["load_state_dict", "add_param_group", "model.zero_grad"])
+def test_what_would_come_between_the_update_and_its_step_is_refused(what):
+    model, optimizer = make(early(), LocalComm())
+    states = optimizer.state_dict()
+    backward(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"between backward.* and step|used up"):
+        if what == "load_state_dict":
+            optimizer.load_state_dict(states)
+        elif what == "add_param_group":
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        else:
+            model.zero_grad(set_to_none=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, optimizer, 1)
+    assert equal(finish(model, optimizer), finish_two())
+
+
+def finish_two():
+    model, optimizer = make(Run(stage=3), LocalComm())
+    for step in range(2):
+        backward(model, optimizer, step)
+        result = finish(model, optimizer)
+    return result
+
+
+def test_a_block_that_is_frozen_on_the_way_trains_on_without():
+    def body(comm, run):
+        model, optimizer = make(run, comm)
+        for step in range(4):
+            model.blocks[1].requires_grad_(step != 1 and step != 2)
+            backward(model, optimizer, step, comm.rank)
+            result = finish(model, optimizer)
+        return result
+
+    for found, expected in zip(on_threads(2, body, early()), on_threads(2, body, Run(stage=3)), strict=True):
+        assert equal(found, expected)
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_gradient_penalties_are_no_steps(none):
+    """torch.autograd.grad through the model runs its hooks without a gradient of any parameter."""
+
+    def body(comm, run):
+        model, optimizer = make(run, comm)
+        for step in range(3):
+            with optimizer.no_sync():
+                backward(model, optimizer, step, comm.rank)
+            x = model.embed(tokens_for(step, 0, comm.rank)).detach().requires_grad_()
+            y = x * model.scale
+            for block in model.blocks:
+                y = block(y)
+            (grad,) = torch.autograd.grad(model.head(model.norm(y)).square().mean(), x)
+            (backward(model, optimizer, step + 7, comm.rank) * grad.norm()).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=none)
+        with optimizer.full_params():
+            return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+
+    for found, expected in zip(on_threads(2, body, early()), on_threads(2, body, Run(stage=3)), strict=True):
+        assert equal(found, expected)
+
+
+def test_a_model_whose_optimizer_is_gone_goes_on():
+    model, optimizer = make(early(), LocalComm())
+    backward(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    del optimizer
+    backward(model, None, 1)

@@ -28,7 +28,7 @@ LAYERS = {
     "worker": 1,
     "entry": 3,
     "pending": 2,
-    "early": 4,
+    "early": 5,
     "together": 3,
     "arrivals": 3,
     "average": 3,

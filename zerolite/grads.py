@@ -254,6 +254,8 @@ class Grads:
     def zero(self, entry: Entry) -> None:
         """p.grad becomes zeros, which still takes part in the next step."""
         task = entry.state
+        if task == DONE:
+            check(entry.handle)  # type: ignore[arg-type]
         self.drop(entry)
         entry.state = task if task >= 0 else HELD
 

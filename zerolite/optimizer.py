@@ -22,7 +22,7 @@ from zerolite.auto import settle
 from zerolite.bucket import Bucket, Entry
 from zerolite.build import Built, build, late_buckets
 from zerolite.comm.group import make_comm
-from zerolite.early import Early
+from zerolite.early import early_of
 from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
@@ -109,11 +109,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
-        self._early: Early | None = None
-        if built.plan.step_in_backward and built.schedule is not None:
-            me = weakref.ref(self)
-            check, groups = (lambda: me()._check()), (lambda: me().param_groups)  # type: ignore[union-attr]
-            self._early = Early(built.reducer, built.schedule, built.grads.table, check, groups)
+        me = weakref.ref(self)
+        self._early = early_of(built, lambda: me()._check(), lambda: getattr(me(), "param_groups", None))  # type: ignore[union-attr]
         if optimizer.state:
             try:
                 self._load(optimizer.state_dict())
@@ -186,7 +183,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _check(self) -> None:
         """Raises where a parameter was replaced. Param groups may be edited, but not behind the optimizer's back or into
         something it does not do."""
-        self._parts.check_replaced()
+        with torch._C.DisableTorchFunctionSubclass():  # leaves that watch themselves are not used by this
+            self._parts.check_replaced()
         self._whole = None
         known, table = self._parts.params, self._parts.grads.table
         for group in self.param_groups:
@@ -209,6 +207,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._grouped = grouped
 
     def _skip(self) -> None:
+        if self._early is not None:
+            self._early.skip()
         self.skipped_steps += 1
         if self.skipped_steps == 1:
             warnings.warn(
@@ -342,6 +342,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         built = self._settled
+        if self._early is not None:
+            self._early.refuse("load_state_dict()")
         if built.inside:
             raise RuntimeError("load_state_dict: expected to be called outside of full_params(), got called inside.")
         checkpoint.load(
@@ -355,6 +357,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._built is None:
             super().add_param_group(param_group)
             return
+        if self._early is not None:
+            self._early.refuse("add_param_group()")
         super().add_param_group(param_group)
         try:
             self._parts.rule.check(self.param_groups[-1])
@@ -378,8 +382,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def _settled(self) -> Built:
         """The parts, when every update under way is done."""
-        self._parts.updates.settle()
-        return self._parts
+        (parts := self._parts).updates.settle()
+        return parts
 
     @property
     def _trained(self) -> list[Bucket]:

@@ -277,10 +277,12 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
     )
     near: list[tuple[tuple[float, ...], str]] = []
     ways = choices(True, question.setting.device, question.whole)
-    question = replace_options(question, step_in_backward=False)
+    sides = [(replace_options(question, step_in_backward=False), ways)]
+    if plan.step_in_backward:
+        sides.append((question, choices(True, question.setting.device, question.whole, True)))
     for doubling in range(9):  # more ranks only where these do not do
         world = question.world << doubling
-        for other in question.alternatives(ways, limits, found, world):
+        for other in (one for asked_for, some in sides for one in asked_for.alternatives(some, limits, found, world)):
             changed = plan.changes(other.plan) + (other.moments != asked.moments) + doubling
             if not other.missing:
                 more = f" with {world} ranks" if doubling else ""

@@ -55,7 +55,8 @@ class Reducer:
     wait: Callable[[], None]  # until no update reads gradients any more
     going: Callable[[Bucket], None]  # a bucket is about to go out, where rounds go out in the backward
     take: Callable[[Bucket], None]  # takes in what has gone out of a bucket: averages it
-    bad: Callable[[], bool]  # whether something that is not finite was taken in already
+    tell: Callable[[], list[bool]]  # what else ranks tell each other after a backward (step_in_backward): see Early.tell
+    told: list[bool]  # what any rank has told
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
@@ -70,7 +71,8 @@ class Reducer:
         self.wait = lambda: None
         self.going = lambda bucket: None
         self.take = lambda bucket: grads_of(bucket).finish()
-        self.bad = lambda: False
+        self.tell = lambda: []
+        self.told = []
         self.at_start = []
         self.at_end = []
         self.reset()
@@ -241,16 +243,18 @@ class Reducer:
         backward where gradients rest sharded (a bucket was taken for over too early), and what came again, goes out now."""
         late = [self.plan.grads.sharded and grads_of(bucket).left for bucket in self.order]
         again = [grads_of(bucket).again for bucket in self.order]
-        mine = [*present, *late, *again, self.bad()]
+        self.told = self.tell()
+        mine = [*present, *late, *again, *self.told]
         mark = zlib.crc32(bytes(mine))
         marks = torch.tensor([mark, -mark])
         self.comm.max_(marks, what)
         if int(marks[0]) != -int(marks[1]):
             flags = self._union(mine, f"{what} presence")
             first, second = len(present), len(present) + len(late)
-            present, late, again, mine = flags[:first], flags[first:second], flags[second:-1], flags
+            third = second + len(again)
+            present, late, again, self.told = flags[:first], flags[first:second], flags[second:third], flags[third:]
         if self.plan.step_in_backward:
-            self._check_once(late, again, mine[-1])
+            self._check_once(late, again, self.told[0])
         for bucket, plain, wide in zip(self.order, late, again, strict=True):
             if plain or (wide and not self.plan.grads.sharded):
                 grads_of(bucket).start()

@@ -127,7 +127,8 @@ class Schedule:
     in_backward: Callable[[], bool]
     begin_backward: Callable[[], None]
     send: Callable[[list[Bucket]], None]  # no more gradients of these come in this backward
-    needs: Callable[[Unit], None]  # a unit is about to be used
+    leaving: Callable[[list[Bucket]], None]  # buckets are about to be released
+    needs: Callable[[Unit], None]  # a forward is about to use a unit, perhaps inside of a backward
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class Schedule:
         self.begin_backward = begin_backward
         self.send = send
         self.needs = lambda unit: None
+        self.leaving = lambda buckets: None
         self.entered = []
         self.order = []
         self.seen = []
@@ -149,6 +151,7 @@ class Schedule:
 
     def _release(self, unit: Unit) -> None:
         if not (self.held or self.pinned):
+            self.leaving(unit.buckets)
             unit.release()
             self._watch(unit)
 
@@ -257,7 +260,6 @@ class Schedule:
         unit.inputs += has_inputs
         for other in self.units if unit.is_root else (unit,):
             if other is unit or other.is_root:
-                self.needs(other)
                 other.ready()
         self._prefetch(unit, -1)
 
