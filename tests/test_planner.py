@@ -224,6 +224,15 @@ def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
     assert best["bytes_peak"] == plan.bytes_peak and best["bytes_at_rest"] == plan.bytes_at_rest
 
 
+def test_the_command_line_plans_steps_in_the_backward(capsys):
+    assert cli.main(["plan", "--params", "1e8", "--world", "4", "--host-mem", "8G", "--step-in-backward"]) == 0
+    text = capsys.readouterr().out
+    assert "stage=3, step_in_backward=True, param_dtype=torch.bfloat16" in text and "gradients  " not in text
+    assert [line.split()[:3] for line in text.splitlines() if "yes" in line] == [
+        ["3", "-", m] for m in ("fp32", "bf16", "int8")
+    ]
+
+
 def test_the_line_to_add_has_the_bucket_size_and_odd_dtypes_are_named(capsys):
     options = ["plan", "gpt2", "--world", "2", "--host-mem", "64G"]
     assert cli.main(options) == 0
