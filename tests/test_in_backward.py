@@ -9,7 +9,7 @@ import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for, train, train_on
 from ranks import GROUP, on_processes, on_threads, outcomes
 from test_parity import DTYPES
-from test_uneven import Experts, finish
+from test_uneven import Experts, finish, uneven
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,18 +95,8 @@ def test_same_bits_of_rounds_in_parts():
 
 
 def uneven_here(group, rank, bucket_mb, how, in_backward):
-    run = Run(stage=3 if in_backward else 0, bucket_mb=bucket_mb, dtype=torch.bfloat16)
-    model, optimizer = make(replace(run, more=IN_BACKWARD if in_backward else ()), group, seeded(Experts))
-    model.memory = how == "memory"
-    if how == "order":
-        model.order = (2, 0, 3, 1)
-    elif how == "shared":
-        model.order = (0, 0, 1, 2, 1, 3, 0)
-    for step in range(3):  # expert 1 is nobody's where it is held back
-        model.use([(step + rank + k) % 3 != 0 and not (how == "held" and k == 1) for k in range(4)])
-        loss_of(model, tokens_for(step, 0, rank)).backward()
-        result = finish(model, optimizer)
-    return result
+    stage, more = (3, IN_BACKWARD) if in_backward else (0, ())
+    return uneven(group, rank, stage, bucket_mb, 1, how, more=more)
 
 
 HOW = ["plain", "held", "order", "shared", "memory"]
@@ -556,15 +546,17 @@ def test_writes_by_hooks_of_the_backward_are_refused(env):
 
 
 def test_writes_by_hooks_that_no_version_tells_of_do_not_hold_up_an_update_of_shared_parameters():
-    expected = on_threads(2, lambda comm: finish_one(comm))
+    expected = on_threads(2, trained, early(), 1)
     for found, other in zip(on_processes(2, written_by_a_hook, "data"), expected, strict=True):
         assert equal(found, other)
 
 
-def finish_one(comm):
-    model, optimizer = make(early(), comm)
-    backward(model, optimizer, 0, comm.rank)
-    return finish(model, optimizer)
+def trained(comm, run, steps):
+    model, optimizer = make(run, comm)
+    for step in range(steps):
+        backward(model, optimizer, step, comm.rank)
+        result = finish(model, optimizer)
+    return result
 
 
 def test_a_backward_inside_full_params_is_refused():
@@ -592,15 +584,7 @@ def test_what_would_come_between_the_update_and_its_step_is_refused(what):
     optimizer.step()
     optimizer.zero_grad()
     backward(model, optimizer, 1)
-    assert equal(finish(model, optimizer), finish_two())
-
-
-def finish_two():
-    model, optimizer = make(Run(stage=3), LocalComm())
-    for step in range(2):
-        backward(model, optimizer, step)
-        result = finish(model, optimizer)
-    return result
+    assert equal(finish(model, optimizer), trained(LocalComm(), Run(stage=3), 2))
 
 
 def test_a_block_that_is_frozen_on_the_way_trains_on_without():
@@ -646,4 +630,5 @@ def test_a_model_whose_optimizer_is_gone_goes_on():
     optimizer.step()
     optimizer.zero_grad()
     del optimizer
-    backward(model, None, 1)
+    loss = backward(model, None, 1)
+    assert equal(loss, loss_of(model, tokens_for(1, 0, 0)))  # nobody updates it any more

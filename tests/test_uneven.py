@@ -59,9 +59,10 @@ def finish(model, optimizer):
         return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
 
 
-def uneven(group, rank, stage, bucket_mb, micro, how="plain", steps=3):
+def uneven(group, rank, stage, bucket_mb, micro, how="plain", steps=3, more=()):
     """Each rank leaves out other experts, and in the first micro-batch others than in the second."""
-    model, optimizer = make(Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16), group, seeded(Experts))
+    run = Run(stage=stage, bucket_mb=bucket_mb, dtype=torch.bfloat16, more=more)
+    model, optimizer = make(run, group, seeded(Experts))
     model.reentrant = how.startswith("reentrant")
     model.memory = how.endswith("memory")
     if how == "order":

@@ -52,8 +52,8 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_built"):
         raise TypeError("optimizer: expected a plain optimizer, got a ZeroOptimizer. Wrap once.")
-    ways = (options[name] for name in ("resident", "gradients", "step_in_backward"))
-    plan = make_plan(options["stage"], options["offload"], comm.size, *ways)
+    ways = {name: options[name] for name in ("resident", "gradients", "step_in_backward")}
+    plan = make_plan(options["stage"], options["offload"], comm.size, **ways)
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")

@@ -10,7 +10,7 @@ updated once, from the same average, by the same pass as in step(): the same bit
 
 Why a rank may update what others hold too (they may share the memory that is written): all N slices are there, so on every
 rank autograd has brought the gradients of these parameters, and so has run every node that saved them. What would still read
-them raises: a saved tensor by autograd's version counter, a unit that is gathered again by `needs`.
+them raises: a saved tensor by autograd's version counter, a unit that is gathered again for a recomputation by `needs`.
 """
 
 from __future__ import annotations

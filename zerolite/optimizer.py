@@ -382,8 +382,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def _settled(self) -> Built:
         """The parts, when every update under way is done."""
-        (parts := self._parts).updates.settle()
-        return parts
+        self._parts.updates.settle()
+        return self._parts
 
     @property
     def _trained(self) -> list[Bucket]:

@@ -340,8 +340,8 @@ def choices(offload: object, device: str, whole: bool, in_backward: bool = False
 
     whole  parameters cannot be sharded: there is no model; in_backward: only what can be updated there
     """
-    if in_backward:
-        return [] if whole or offload not in (None, True) else [(STAGES[-1], None)]
+    if in_backward:  # the plan says why, where there is no model or an offload was asked for
+        return [(STAGES[-1], None if offload is True else str(offload) if offload else None)]
     offloads: Sequence[str | None] = OFFLOADS if device != "cpu" else (None,)
     if offload is not True:
         offloads = [offload if offload is None else str(offload)]

@@ -29,7 +29,7 @@ from zerolite.partition import (
     find_units,
     names_of,
 )
-from zerolite.placement import STAGES, Plan, Row, Setting, Widths, choices, make_plan, with_rows
+from zerolite.placement import Plan, Row, Setting, Widths, choices, make_plan, with_rows
 from zerolite.rates import Rates, rates
 from zerolite.shapes import activations, model_of, parse_bytes
 from zerolite.update import make_rule
@@ -227,8 +227,7 @@ def choose(
     ways = choices(True if free[1] else offload, question.setting.device, question.whole, once)
     ways = [way for way in ways if free[0] or way[0] == stage]
     if not ways:
-        asked = max(STAGES) if free[0] else stage, None if free[1] else offload
-        make_plan(*asked, question.world, step_in_backward=once)  # raises for what does not exist
+        make_plan(stage, None if free[1] else offload, question.world, step_in_backward=once)  # raises for what does not exist
         raise ValueError(f"stage={stage!r}, offload={offload!r}: expected a combination that exists, and a model for stage 3.")
     found = found or rates()
     ranked = question.candidates(ways, kinds, limits, found)
