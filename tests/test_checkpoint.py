@@ -352,6 +352,20 @@ def test_states_of_another_kind_of_optimizer_are_refused():
     assert optimizer.full_state() == {}
 
 
+def test_a_part_whose_states_were_taken_out_is_refused():
+    """Moments of 0 with the counts of steps beside them would be corrected for as old ones."""
+    model = torch.nn.Linear(8, 8)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=1)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    part = optimizer.state_dict()
+    for state in ({}, {0: part["state"][0]}):
+        with pytest.raises(ValueError, match=r"expected states of 2 parameters.*To begin anew, load \{'state': \{\}"):
+            optimizer.load_state_dict({**part, "state": state})
+    optimizer.load_state_dict({"state": {}, "param_groups": part["param_groups"]})
+    assert all(entry.steps == 0 for bucket in optimizer._trained for entry in bucket.entries)
+
+
 def test_parameters_that_were_thawed_one_by_one_resume_from_parts():
     def body(comm, stage):
         def built():

@@ -21,7 +21,7 @@ from ranks import GROUP, on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
-from zerolite import parts
+from zerolite import gradient, parts
 from zerolite.comm import shared
 from zerolite.worker import Failure, Worker
 
@@ -727,21 +727,22 @@ def test_small_slices_are_reduced_by_the_group_and_the_plan_says_so(env):
 # ---- parts of rounds
 
 
-def train_in_parts(rank, hosts, runs):
-    """With so few bytes a part that every bucket of a few thousand elements goes out in several."""
-    parts.PART = 1024
+def train_in_parts(rank, hosts, portion, runs):
+    """With so few bytes a part that every bucket of a few thousand elements goes out in several; packed as a whole, or before
+    it is complete."""
+    parts.PART, gradient._PORTION = 1024, portion
     os.environ.update({"ZEROLITE_HOST": hosts[rank]} if hosts else {})
     found = [train(None, rank, run) for run in runs]
     lanes = [bucket.grads.lane for bucket in make(runs[0], None)[1]._built.buckets]
     return found, max(len(lane.cuts(torch.bfloat16)) for lane in lanes)
 
 
-@pytest.mark.parametrize("size,hosts", [(2, ""), (3, ""), (3, "aab")])
-def test_rounds_in_parts_have_the_bits_of_whole_ones(size, hosts):
+@pytest.mark.parametrize("size,hosts,portion", [(2, "", 2), (3, "", 256), (3, "aab", 2)])
+def test_rounds_in_parts_have_the_bits_of_whole_ones(size, hosts, portion):
     shape = {"dtype": torch.bfloat16, "clip": 0.5}
     runs = [Run(stage=2, **shape), Run(stage=3, micro=2, **shape), Run(stage=2, micro=3, no_sync=True, bucket_mb=4e-3, **shape)]
     expected = [on_threads(size, train_on, run) for run in runs]
-    for rank, (found, most) in enumerate(on_processes(size, train_in_parts, hosts, runs)):
+    for rank, (found, most) in enumerate(on_processes(size, train_in_parts, hosts, portion, runs)):
         assert most > parts.REGIONS
         assert all(equal(result, threads[rank]) for result, threads in zip(found, expected, strict=True))
 

@@ -57,14 +57,15 @@ def test_hooks_and_clipping_for_all_at_once_change_no_bit(stage):
 
 
 def test_gradients_that_can_rest_packed_are_packed_in_portions(monkeypatch):
-    """At most so many wait; bits, rounds under way and what does not lie flat are as without."""
+    """At most so many wait, where they are small also those that travel at once; bits, rounds under way and what does not lie
+    flat are as without."""
     held = []
     pack = gradient.Gradients.pack
     monkeypatch.setattr(gradient.Gradients, "pack", lambda self: (held.append(len(self.arrived)), pack(self))[1])
     whole = on_threads(2, lambda comm: train(comm, 1, "own", True))
     assert max(held) == 40
     monkeypatch.setattr(gradient, "_PORTION", 16)
-    for stage in (0, 1):
+    for stage in (0, 1, 2, 3):
         held.clear()
         for found, expected in zip(
             on_threads(2, lambda comm, stage=stage: train(comm, stage, "own", True)), whole, strict=True
@@ -72,17 +73,19 @@ def test_gradients_that_can_rest_packed_are_packed_in_portions(monkeypatch):
             assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
         assert max(held) == 16
     held.clear()
+    monkeypatch.setattr(gradient, "_SMALL", 0)
     for found, expected in zip(on_threads(2, lambda comm: train(comm, 2, "own", True)), whole, strict=True):
         assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
-    assert not held  # a round that must wait for its turn is packed then, as a whole
+    assert not held  # of large ones a round that must wait for its turn is packed then, as a whole
 
 
-def test_a_second_gradient_in_one_backward_after_a_portion_was_packed(monkeypatch):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_second_gradient_in_one_backward_after_a_portion_was_packed(stage, monkeypatch):
     def run(portion):
         monkeypatch.setattr(gradient, "_PORTION", portion)
         model = Sum(40)
         inner = torch.optim.AdamW(model.parameters(), lr=0.1)
-        optimizer = zerolite.ZeroOptimizer(inner, model, stage=1, process_group=zerolite.comm.local.LocalComm())
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=stage, process_group=zerolite.comm.local.LocalComm())
         for _ in range(2):
             x = torch.ones((), requires_grad=True)
             inside = torch.utils.checkpoint.checkpoint(lambda x: model(-1, 2.0) * x, x, use_reentrant=True)

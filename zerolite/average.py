@@ -9,7 +9,7 @@ Far    on the host, beside a device: a round is averaged on the device and copie
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from zerolite.kernels import LIMBS, reduce_, reduce_squares_, square_sum_
 from zerolite.worker import Worker
 
 Cut = tuple[int, int]  # a range of elements of a shard
+
+
+class Flight(NamedTuple):
+    """An exchange under way."""
+
+    pending: Pending
+    number: int  # of the lane's exchanges
+    cut: Cut  # the elements of the shard that it brings
 
 
 class Average(Protocol):

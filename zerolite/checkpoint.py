@@ -205,7 +205,7 @@ def _read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Ru
     about = state_dict.get("zerolite")
     if about is not None and about["format"] > FORMAT:
         raise ValueError(f"load_state_dict: expected format {FORMAT} or older, got {about['format']}. Update zerolite.")
-    steps = about["steps"] if about is not None else {index: _step_of(values) for index, values in state.items()}
+    steps = about["steps"] if about is not None else {index: int(values.get("step", 1)) for index, values in state.items()}
     return Saved(state, masters, theirs, about, steps)
 
 
@@ -221,6 +221,12 @@ def _check(saved: Saved, groups: Sequence[dict[str, Any]], buckets: Sequence[Buc
                 "optimizer."
             )
     if saved.about is not None:
+        lost = sorted(saved.about["pieces"].keys() - saved.state.keys() - saved.masters.keys())
+        if lost:
+            raise ValueError(
+                f"load_state_dict: expected states of {len(saved.about['pieces'])} parameters, got none of {len(lost)} (first: "
+                f"number {lost[0]}). To begin anew, load {{'state': {{}}, 'param_groups': ...}} without 'zerolite'."
+            )
         pieces = {positions.get(b.entries[p.slot].param): [p.start, p.stop] for b in buckets for p in b.pieces}
         _check_part(saved.about, known, pieces, comm)
         return
@@ -301,10 +307,6 @@ def _positions(groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:
 def _indexed(positions: dict[Tensor, int], buckets: Sequence[Bucket]) -> list[tuple[Entry, int]]:
     entries = [entry for bucket in buckets for entry in bucket.entries]
     return [(entry, positions[entry.param]) for entry in entries if entry.param in positions]
-
-
-def _step_of(values: dict[str, Any]) -> int:
-    return int(values.get("step", 1))
 
 
 def _order(bucket: Bucket | None, slot: int) -> list[list[int]]:

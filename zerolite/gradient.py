@@ -18,34 +18,26 @@ from __future__ import annotations
 
 import functools
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zerolite.arrivals import Arrivals
-from zerolite.average import Average, Cut
-from zerolite.comm import Comm, Pending
+from zerolite.average import Average, Cut, Flight
+from zerolite.comm import Comm
 from zerolite.comm.lane import Lane
 from zerolite.dtypes import fills, is_flat
-from zerolite.kernels import Window, exceeds_, pack_
+from zerolite.kernels import Packing, Window, exceeds_, pack_
 from zerolite.layout import Layout, Piece
 
 # Finite gradients below this cannot overflow in any sum that a step takes; above it the exact check decides.
 _SUSPECT = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: float("inf")}
-#: Gradients that wait to be packed, where they can rest packed: what is packed soon is still in the caches, its memory serves
-#: the next gradient, and the garbage collector never sees 10,000 tensors more at once.
+#: Gradients that wait to be packed, where they can rest packed or are small: what is packed soon is still in the caches, its
+#: memory serves the next gradient, and the garbage collector never sees 10,000 tensors more at once.
 _PORTION = 256
+_SMALL = 16384  # bytes of gradients that are packed once more to save that, on average over the bucket
 _dtype = attrgetter("dtype")
 _trained = attrgetter("requires_grad")
-
-
-class Flight(NamedTuple):
-    """An exchange under way."""
-
-    pending: Pending
-    number: int  # of the lane's exchanges
-    cut: Cut  # the elements of the shard that it brings
 
 
 class Gradients:
@@ -63,6 +55,7 @@ class Gradients:
     suspect: Tensor  # int64 [1], shared by all buckets: something packed since the last step is not plainly finite
     expected: int  # arrivals that complete a round
     everything: bool  # the last round was complete, and nothing was frozen
+    early: bool  # gradients are packed before the round is complete
     arrivals: Arrivals
     arrived: dict[int, Tensor]  # slot -> gradient of this round, not packed yet (those of `arrivals`)
     before: int  # gradients that came and are not among `arrived`
@@ -97,6 +90,7 @@ class Gradients:
         self.pieces = list(layout.pieces(*layout.span(comm.rank)))
         self.suspect = suspect
         self.expected, self.everything, self.before = len(layout.slots), False, 0
+        self.early = not lane.transient or layout.numel * dtype.itemsize < len(layout.slots) * _SMALL
         self.arrivals = Arrivals()
         self.arrived = self.arrivals.grads
         self.average = average
@@ -135,7 +129,7 @@ class Gradients:
     def open(self, task: int) -> None:
         """Hooks may put first gradients of one backward among the arrivals by themselves."""
         left = self.expected - len(self.packed)
-        self.arrivals.task, self.arrivals.wanted = task, left if self.lane.transient or self.wide else min(left, _PORTION)
+        self.arrivals.task, self.arrivals.wanted = task, min(left, _PORTION) if self.early and not self.wide else left
 
     def close(self) -> None:
         """Every gradient goes through Reducer.collect."""
@@ -223,7 +217,10 @@ class Gradients:
             return
         fresh = self.full is None
         if self.full is None:
-            self.full = self.lane.take(torch.float32 if self.wide else self.dtype, self.layout.shard)
+            if self.lane.transient:
+                self.full = self.suspect.new_empty(self.layout.numel, dtype=self.dtype)
+            else:
+                self.full = self.lane.take(torch.float32 if self.wide else self.dtype, self.layout.shard)
         full = self.full
         if not self.wide:
             pack_(full, *self._blocks(), fresh, self.suspect, _SUSPECT[self.dtype])
@@ -297,18 +294,20 @@ class Gradients:
             if self.base is None:
                 self.base = torch.zeros(self.layout.numel, dtype=dtype, device=self.suspect.device)
             self._add_to(self.base)
-            blocks, offsets = [self.base], [0]
-        else:
-            blocks, offsets = self._blocks()
+        elif self.full is not None:  # most of it is packed
+            self.pack()
+            self.base, self.full = self.full, None
+        blocks, offsets = self._blocks() if self.base is None else ([self.base], [0])
         ready = not self.lane.placed and len(blocks) == 1 and fills(blocks[0], self.layout.numel)
+        packing = None if ready else Packing(blocks, offsets, dtype, self.suspect.device)
         for start, stop in self.lane.cuts(dtype):
-            if ready:
+            if packing is None:
                 self.full = blocks[0].view(-1)
                 exceeds_(self.suspect, self.full, _SUSPECT[dtype])
             else:
                 self.full = self.lane.take(dtype, stop - start)
                 window = Window(start, stop - start, self.layout.shard)
-                pack_(self.full, blocks, offsets, True, self.suspect, _SUSPECT[dtype], window)
+                packing.into(self.full, True, self.suspect, _SUSPECT[dtype], window)
             if stop == self.layout.shard:
                 self.comm.ledger.note("pack", self.name)  # while both are held
                 self.base = None

@@ -144,6 +144,41 @@ class Window(NamedTuple):
     stride: int
 
 
+class Packing:
+    """Gradients that are copied into one tensor, or into windows of it one after the other: what is asked of each gradient is
+    asked once. Of thousands of small ones that takes longer than the copy.
+
+    grads         contiguous, of `dtype` on `device`; kept until this is dropped
+    offsets       of each in the (longer) tensor
+
+    Raises RuntimeError where they are not.
+    """
+
+    def __init__(self, grads: list[Tensor], offsets: list[int], dtype: torch.dtype, device: torch.device) -> None:
+        if len(offsets) != len(grads):
+            raise RuntimeError(f"offsets: expected {len(grads)}, one for each gradient, got {len(offsets)}")
+        if any(map(Tensor.is_neg, grads)):  # a view of the imaginary part of a conjugate: memory has the other sign
+            grads = list(map(Tensor.resolve_neg, grads))
+        self.grads, self.offsets = grads, offsets
+        self.places: Tensor | None = None
+        if grads and device.type == "cpu" and _by_address():
+            if not (set(map(_dtype, grads)) == {dtype} and all(map(Tensor.is_contiguous, grads)) and all(map(_is_cpu, grads))):
+                raise RuntimeError("grads: expected contiguous tensors of the dtype and device of out")
+            columns = array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads)))
+            self.places = torch.frombuffer(columns, dtype=torch.int64).view(3, -1)
+
+    def into(self, out: Tensor, clear: bool, flag: Tensor, limit: float, window: Window | None = None) -> None:
+        """Copies them; see `pack_`."""
+        start, width, stride = window or (0, out.numel(), out.numel())
+        if self.places is not None:
+            torch.ops.zerolite.pack_at_(out, self.places, clear, flag, limit, start, width, stride)
+            return
+        grads, offsets = self.grads, self.offsets
+        if width != stride:
+            grads, offsets = _inside(grads, offsets, start, width, stride)
+        torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
+
+
 def pack_(
     out: Tensor, grads: list[Tensor], offsets: list[int], clear: bool, flag: Tensor, limit: float, window: Window | None = None
 ) -> None:
@@ -153,23 +188,7 @@ def pack_(
     flag, limit  as `exceeds_` for the gradients, in the same pass
     window       offsets are those of a longer tensor, of which `out` is this window; None: of `out`
     """
-    start, width, stride = window or (0, out.numel(), out.numel())
-    if len(offsets) != len(grads):
-        raise RuntimeError(f"offsets: expected {len(grads)}, one for each gradient, got {len(offsets)}")
-    if any(map(Tensor.is_neg, grads)):  # a view of the imaginary part of a conjugate: memory has the other sign
-        grads = list(map(Tensor.resolve_neg, grads))
-    if not (grads and out.device.type == "cpu" and _by_address()):
-        if width != stride:
-            grads, offsets = _inside(grads, offsets, start, width, stride)
-        torch.ops.zerolite.pack_(out, grads, offsets, clear, flag, limit)
-        return
-    if not (set(map(_dtype, grads)) == {out.dtype} and all(map(Tensor.is_contiguous, grads)) and all(map(_is_cpu, grads))):
-        raise RuntimeError("grads: expected contiguous tensors of the dtype and device of out")
-    # Where there are thousands, handing them over as tensors costs more than the copy.
-    places = torch.frombuffer(
-        array("q", chain(offsets, map(Tensor.numel, grads), map(Tensor.data_ptr, grads))), dtype=torch.int64
-    ).view(3, -1)
-    torch.ops.zerolite.pack_at_(out, places, clear, flag, limit, start, width, stride)
+    Packing(grads, offsets, out.dtype, out.device).into(out, clear, flag, limit, window)
 
 
 def _inside(grads: list[Tensor], offsets: list[int], start: int, width: int, stride: int) -> tuple[list[Tensor], list[int]]:
