@@ -624,6 +624,28 @@ def test_gradient_penalties_are_no_steps(none):
         assert equal(found, expected)
 
 
+def test_a_graph_that_torch_autograd_grad_has_read_is_used_again():
+    """A penalty on the gradient of the same forward: nothing is updated in the first pass through it."""
+
+    def body(comm, run):
+        model, optimizer = make(run, comm)
+        for step in range(3):
+            x = model.embed(tokens_for(step, 0, comm.rank)).detach().requires_grad_()
+            y = x * model.scale
+            for block in model.blocks:
+                y = block(y)
+            out = model.head(model.norm(y)).square().mean()
+            (grad,) = torch.autograd.grad(out, x, create_graph=True)
+            (out + (grad.norm() - 1).square()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with optimizer.full_params():
+            return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.full_state()
+
+    for found, expected in zip(on_threads(2, body, early()), on_threads(2, body, Run(stage=3)), strict=True):
+        assert equal(found, expected)
+
+
 def test_a_model_whose_optimizer_is_gone_goes_on():
     model, optimizer = make(early(), LocalComm())
     backward(model, optimizer)

@@ -543,6 +543,23 @@ def test_a_write_to_a_shared_parameter_stays_with_its_rank(stage):
         assert torch.equal(master, torch.full((13,), 2.0)) and scale_master == 2.0
 
 
+def write_in_inference_mode(rank):
+    model, optimizer = make(Run(stage=3, dtype=torch.bfloat16), None)
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.inference_mode(), optimizer.full_params():
+            model.norm.weight.mul_(2.0)
+    with optimizer.full_params():
+        return model.norm.weight.clone()
+
+
+def test_writes_in_inference_mode_are_trained_on():
+    first, second = on_processes(2, write_in_inference_mode)
+    assert torch.equal(first, second) and bool((first > 3).all())
+
+
 def refused(rank, what, missing):
     """A step where one rank is refused something that sharing needs, or its platform does not have it."""
     seen = []

@@ -334,7 +334,7 @@ class Bucket:
             self.stale = self.stale or self.home.dirty()
             slots = list(range(len(self.entries))) if self.stale else []
             if slots and self.mine is self.shard:
-                self.mine = self.shard.clone()  # other ranks may be reading the home
+                self.mine = self.room.zeros(self.shard.numel(), self.full.dtype).copy_(self.shard)  # others may read the home
         if slots:
             adopt(self, slots, before, quiet)
             self.note_versions()

@@ -98,7 +98,10 @@ class Early:
             self.moved[bucket] = False
             with torch._C.DisableTorchFunctionSubclass():  # leaves that watch themselves are not used by this
                 bucket.keep_writes()
-                bucket.wrote(trained)
+                if self.reducer.task in map(
+                    self.table.state.__getitem__, bucket.rows
+                ):  # else end() tells, if others update it:
+                    bucket.wrote(trained)  # torch.autograd.grad brings none, and its graph may be used again
 
     def needs(self, unit: Unit) -> None:
         """Raises where a recomputation would gather parameters that its backward has updated. (Where a backward comes to a unit

@@ -44,6 +44,7 @@ class Room:
         self.device = device
         self.pin = pin
 
+    @torch.inference_mode(False)  # what is made inside of inference_mode() could not be updated outside
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A 1D tensor of zeros; on the host, memory that no one has touched yet."""
         size = numel * dtype.itemsize
