@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import re
 
 import pytest
 import torch
@@ -364,6 +366,69 @@ def test_a_part_whose_states_were_taken_out_is_refused():
             optimizer.load_state_dict({**part, "state": state})
     optimizer.load_state_dict({"state": {}, "param_groups": part["param_groups"]})
     assert all(entry.steps == 0 for bucket in optimizer._trained for entry in bucket.entries)
+
+
+def first(part):
+    return max(part["state"].values(), key=lambda values: values["exp_avg"].numel())
+
+
+DAMAGE = {
+    "short": (lambda part: first(part).update(exp_avg=first(part)["exp_avg"][:-1]), "'exp_avg' of shape"),
+    "one element": (lambda part: first(part).update(exp_avg_sq=torch.ones(1)), "'exp_avg_sq' of shape"),
+    "a number": (lambda part: first(part).update(exp_avg=0.0), "real numbers, got float"),
+    "complex": (lambda part: first(part).update(exp_avg=first(part)["exp_avg"] * 1j), "real numbers, got torch.complex"),
+    "master": (lambda part: first(part).update(master=torch.zeros(3)), "'master' of shape"),
+    "no steps": (
+        lambda part: part["zerolite"].update(steps={}),
+        "expected 0 steps, as 'zerolite' counts them, got a state after 1",
+    ),
+    "negative": (lambda part: part["zerolite"]["steps"].update({min(part["state"]): -3}), "expected a count of steps.*got -3"),
+    "huge": (lambda part: first(part).update(step=torch.tensor(1e30)), "expected a count of steps"),
+    "other buckets": (lambda part: part["zerolite"].update(buckets=[[999]]), "list index out of range"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_part_on_one_rank_changes_nothing_on_any(damage):
+    spoil, message = DAMAGE[damage]
+
+    def body(comm):
+        model, optimizer = make(Run(stage=2, dtype=torch.bfloat16), comm)
+        steps(model, optimizer, comm.rank, 0, 1)
+        part = copy.deepcopy(optimizer.state_dict())
+        steps(model, optimizer, comm.rank, 1, 2)
+        before = copy.deepcopy(optimizer.state_dict())
+        if comm.rank == 0:
+            spoil(part)
+        try:
+            optimizer.load_state_dict(part)
+        except (ValueError, IndexError, RuntimeError) as error:
+            return str(error), equal(optimizer.state_dict(), before)
+
+    (first, same), (second, also) = on_threads(2, body)
+    assert re.search(message, first) and "rank 0 could not load its state dict" in second
+    assert same and also
+
+
+def test_a_whole_state_dict_is_checked_by_element():
+    model = torch.nn.Linear(8, 8)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=1)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    optimizer.consolidate_state_dict()
+    whole = optimizer.state_dict()
+    for name, value in (
+        ("exp_avg", torch.tensor(0.5)),
+        ("exp_avg_sq", torch.ones(8, 8, dtype=torch.int64)),
+        ("step", torch.nan),
+    ):
+        damaged = copy.deepcopy(whole)
+        damaged["state"][0][name] = value
+        with pytest.raises(ValueError, match=f"'{name}'|count of steps"):
+            optimizer.load_state_dict(damaged)
+    whole["state"][0] = {}  # as torch: this one begins anew
+    optimizer.load_state_dict(whole)
+    assert [entry.steps for bucket in optimizer._trained for entry in sorted(bucket.entries, key=lambda e: e.index)] == [0, 1]
 
 
 def test_parameters_that_were_thawed_one_by_one_resume_from_parts():

@@ -53,6 +53,7 @@ LAYERS = {
     "whole": 4,
     "values": 4,
     "checkpoint": 4,
+    "loading": 4,
     "rates": 3,
     "shapes": 1,
     "cost": 3,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerolite import checkpoint
+from zerolite import checkpoint, loading
 from zerolite.auto import settle
 from zerolite.bucket import Bucket, Entry
 from zerolite.build import Built, build, late_buckets
@@ -346,9 +346,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._early.refuse("load_state_dict()")
         if built.inside:
             raise RuntimeError("load_state_dict: expected to be called outside of full_params(), got called inside.")
-        checkpoint.load(
-            state_dict, self.param_groups, built.entries, lambda: self._trained, built.rule, built.comm, self._adopt
-        )
+        loading.load(state_dict, self.param_groups, built.entries, lambda: self._trained, built.rule, built.comm, self._adopt)
 
     # ---- parameters that come later
 
