@@ -154,6 +154,16 @@ def test_stage_3_wants_exactly_the_models_parameters():
         build(model, torch.optim.AdamW(model.blocks.parameters()), stage=3)
 
 
+def test_stage_3_takes_no_parameter_that_came_into_the_model_later():
+    model, optimizer = make(Run(stage=3), LocalComm())
+    model.head = nn.Linear(13, 3)
+    with pytest.raises(
+        ValueError, match=r"'head.weight': expected one that the model had when ZeroOptimizer was built.*remove_hooks"
+    ):
+        optimizer.add_param_group({"params": model.head.parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_replaced_parameter_is_seen_at_the_step(stage):
     model, optimizer = make(Run(stage=stage), LocalComm())

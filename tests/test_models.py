@@ -153,17 +153,22 @@ def test_compile_in_place(stage):
         assert losses[step] == pytest.approx(loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_functional_transforms(stage):
     model, optimizer = make(Run(stage=stage), LocalComm())
-    params = {name: p.detach() for name, p in model.named_parameters()}
+    with optimizer.full_params():
+        params = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = tokens_for(0, 0, 0)
 
     def loss(values):
         logits = torch.func.functional_call(model, values, (tokens[:, :-1],))
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    grads = torch.func.grad(loss)(params)
+    if stage == 3:
+        with pytest.raises(RuntimeError, match=r"torch.func's transforms.*full_params\(\)"):
+            torch.func.grad(loss)(params)
+    with optimizer.full_params():
+        grads = torch.func.grad(loss)(params)
     loss_of(model, tokens).backward()
     for name, value in optimizer.full_grads().items():
         torch.testing.assert_close(value, grads[name])

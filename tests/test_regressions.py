@@ -1215,3 +1215,35 @@ def test_states_that_cannot_be_cut_with_the_parameter_are_refused(size):
     model = nn.Linear(4, 4)
     with pytest.raises(NotImplementedError, match=rf"Vector: expected states .* got 'product' of shape \({size},\)"):
         zerolite.ZeroOptimizer(Vector(model.parameters()), model)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_what_is_made_in_inference_mode_is_trained_outside(stage, kind):
+    """Building, loading, adding a group: what they allocate is updated by later steps."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model[1].requires_grad_(False)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    with torch.inference_mode():
+        inner = kind(model[0].parameters(), lr=0.1, **options)
+        whole = None if stage < 3 else model
+        if stage == 3:
+            inner = kind(model.parameters(), lr=0.1, **options)
+        optimizer = zerolite.ZeroOptimizer(inner, whole or model, stage=stage, process_group=LocalComm())
+
+    def step():
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with torch.inference_mode():
+        optimizer.load_state_dict(optimizer.state_dict())
+        model[1].requires_grad_(True)
+        if stage < 3:
+            optimizer.add_param_group({"params": model[1].parameters()})
+    step()
+    step()
+    with optimizer.full_params():
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert all(entry.steps >= 2 for bucket in optimizer._trained for entry in bucket.entries)

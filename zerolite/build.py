@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 
 from zerolite.average import Staging
@@ -138,7 +139,10 @@ class Built:
         for name, p in named:  # all of them before anything changes
             check_parameter(name, p, self.checked.device)
             if p not in known and self.schedule is not None:
-                raise ValueError(f"parameter '{name}': expected a parameter of the model, got one that it does not have.")
+                raise ValueError(
+                    f"parameter '{name}': expected one that the model had when ZeroOptimizer was built, as stage 3 needs it, "
+                    "got another. Build a new ZeroOptimizer, after remove_hooks() of this one."
+                )
         added: list[Entry] = []
         for name, p in named:
             entry = known.get(p)
@@ -150,6 +154,7 @@ class Built:
         return added
 
 
+@torch.inference_mode(False)  # else what it makes could be updated in that mode alone
 def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm: Comm) -> Built:
     """Checks, compares ranks, then makes buckets and registers hooks."""
     checked: Checked | None = None
@@ -319,6 +324,7 @@ def built_entry_is(built: Built, p: nn.Parameter, unit: Unit) -> bool:
     return any(p is entry.param for bucket in unit.buckets for entry in bucket.entries)
 
 
+@torch.inference_mode(False)
 def late_buckets(built: Built, entries: list[Entry]) -> None:
     """States, handles and hooks for parameters that are trained from now on (every rank calls it)."""
     fresh = [entry for entry in entries if entry.bucket is None]

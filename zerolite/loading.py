@@ -57,6 +57,7 @@ class Saved:
         return zlib.crc32(repr((sorted((k, n) for k, n in self.steps.items() if n), told)).encode())
 
 
+@torch.inference_mode(False)  # states that are made here are updated outside of it
 def load(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],

@@ -25,6 +25,7 @@ from zerolite.bucket import Bucket
 from zerolite.pending import mark, unmark
 from zerolite.writes import take_replaced
 
+_level = torch._C._functorch.maybe_current_level  # of torch.func's transforms
 log = logging.getLogger("zerolite")
 
 
@@ -205,6 +206,11 @@ class Schedule:
 
     def enter(self, unit: Unit) -> None:
         """The forward needs `unit` now."""
+        if _level() is not None and not self.held:
+            raise RuntimeError(
+                f"unit '{unit.name}': expected a forward outside of torch.func's transforms (grad, vjp, vmap, ...), got one "
+                "inside, where stage 3 cannot gather parameters. Put it inside `with optimizer.full_params():`."
+            )
         if unit not in self.seen:
             self.seen.append(unit)
         if not self.open:
