@@ -13,7 +13,9 @@ from ranks import GROUP, on_processes, on_threads
 from torch import nn
 
 import zerolite
+from zerolite.safetensors import DTYPES, open_files
 
+safetensors = pytest.importorskip("safetensors")
 st = pytest.importorskip("safetensors.torch")
 
 
@@ -426,7 +428,7 @@ def test_files_that_are_damaged_or_something_else(tmp_path):
     with pytest.raises(ValueError, match="expected a safetensors file"):
         zerolite.load_pretrained(model, path)
     path.write_bytes(struct.pack("<Q", 4) + b"{{{{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="no JSON that can be read"):
         zerolite.load_pretrained(model, path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors\.index\.json or"):
@@ -436,6 +438,84 @@ def test_files_that_are_damaged_or_something_else(tmp_path):
         zerolite.load_pretrained(model, tmp_path)
     with optimizer.full_params(), pytest.raises(RuntimeError, match="outside of full_params"):
         zerolite.load_pretrained(model, path)
+
+
+WHOLE = "dtype, a shape and data_offsets"
+HEADERS = {
+    "a list": ("[]", "a JSON object, got list"),
+    "a number": ("3", "a JSON object, got int"),
+    "deep": ("[" * 200_000, "no JSON that can be read"),
+    "twice": ('{"b": %(b)s, "b": %(b)s}', "a name comes twice"),
+    "no entry": ('{"b": 5}', WHOLE),
+    "no shape": ('{"b": {"dtype": "F32", "data_offsets": [0, 16]}}', WHOLE),
+    "a float": ('{"b": {"dtype": "F32", "shape": [4], "data_offsets": [0.0, 16.0]}}', WHOLE),
+    "a shape of floats": ('{"b": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}', WHOLE),
+    "a text": ('{"b": {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}}', WHOLE),
+    "a dtype": ('{"b": {"dtype": [1], "shape": [4], "data_offsets": [0, 16]}}', WHOLE),
+    "negative": ('{"b": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}', WHOLE),
+    "backwards": ('{"b": {"dtype": "X", "shape": [4], "data_offsets": [16, 0]}}', WHOLE),
+    "too many": ('{"b": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}', "damaged or incomplete"),
+    "overlapping": ('{"a": %(b)s, "b": %(b)s}', "no gap, and nothing twice"),
+    "a gap": ('{"b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}', "no gap, and nothing twice"),
+}
+INDEXES = {
+    "{}": "a 'weight_map'",
+    "[]": "a JSON object, got list",
+    "{": "no JSON that can be read",
+    '{"weight_map": {"a": 5}}': "names of files beside it, got 5",
+    '{"weight_map": {"a": ".."}}': r"names of files beside it, got '\.\.'",
+    '{"weight_map": {"a": ""}}': "names of files beside it, got ''",
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_headers_that_are_not_what_the_format_says(what, tmp_path):
+    """From strangers' files: a ValueError that names the file, before anything is written."""
+    text, message = HEADERS[what]
+    text = text.replace("%(b)s", '{"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}').encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        open_files(tmp_path)
+    if what != "twice":
+        with pytest.raises(safetensors.SafetensorError):  # the format's own reader takes none of the others either
+            st.load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("text", INDEXES)
+def test_indexes_that_are_not_what_the_format_says(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"index\.json: .*{INDEXES[text]}"):
+        open_files(tmp_path)
+
+
+class Kinds(nn.Module):
+    """Buffers of every dtype that files have."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+        for kind, dtype in DTYPES.items():
+            self.register_buffer(kind.lower(), torch.arange(1, 4).to(torch.float32).to(dtype))
+
+
+def test_every_dtype_goes_through_files(tmp_path):
+    model = Kinds()
+    build(model)
+    zerolite.save_pretrained(model, tmp_path)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    theirs = st.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(bits(theirs[name]), bits(value)) for name, value in state.items()) and len(theirs) == len(state)
+    for buffer in model.buffers():
+        buffer.zero_()
+    zerolite.load_pretrained(model, tmp_path)
+    assert all(torch.equal(bits(value), bits(state[name])) for name, value in model.state_dict().items())
+    model.c64 = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"'c64': expected values for torch\.float32, got C64"):
+        zerolite.load_pretrained(model, tmp_path)
+
+
+def bits(value):
+    return value.contiguous().view(torch.uint8)
 
 
 def differ(rank, path, what):

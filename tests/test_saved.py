@@ -13,6 +13,8 @@ from torch import nn
 
 import zerolite
 from zerolite import saved
+from zerolite.bucket import Bucket
+from zerolite.comm.ledger import RankError
 from zerolite.comm.local import LocalComm
 from zerolite.safetensors import open_files
 
@@ -257,3 +259,41 @@ def test_what_one_rank_cannot_save_is_told_to_all_before_anything_is_written(tmp
 
     on_threads(2, body)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_saves_into_one_folder_do_not_mix(tmp_path):
+    model, _ = make(Run(stage=2), LocalComm())
+    other = saved._lock(tmp_path)  # as another process would hold it
+    with pytest.raises(RuntimeError, match=r"another save to .* is under way"):
+        zerolite.save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    saved.os.close(other)
+    for _ in range(2):  # and each gives it back
+        zerolite.save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_files_go_on_where_a_folder_cannot_be_locked(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(saved.fcntl, "flock", refused)
+    zerolite.save_pretrained(make(Run(stage=2), LocalComm())[0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_save_that_loses_a_rank_takes_away_what_it_began(tmp_path, monkeypatch):
+    model, _ = make(Run(stage=3, bucket_mb=1e-6), LocalComm())
+    collect, calls = Bucket.collect_whole, []
+
+    def lost(self, *args):
+        calls.append(self)
+        if len(calls) == 4:
+            raise RankError("rank 1 is lost")
+        return collect(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(RankError, match="rank 1 is lost"):
+        patch.setattr(Bucket, "collect_whole", lost)
+        zerolite.save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    zerolite.save_pretrained(model, tmp_path)  # nor is the folder held

@@ -141,7 +141,7 @@ class Wanted:
             sources[tensor] = stored
             if stored.shape != tuple(tensor.shape):
                 wrong.append(f"'{name}': expected shape {tuple(tensor.shape)}, got {stored.shape}")
-            elif stored.dtype is None or stored.dtype.is_floating_point != tensor.is_floating_point():
+            elif stored.dtype is None or _sort(stored.dtype) != _sort(tensor.dtype):
                 wrong.append(f"'{name}': expected values for {tensor.dtype}, got {stored.kind}")
         missing = [name for name, tensor in self.names.items() if tensor not in sources]
         unexpected = [name for name in files if name not in used]
@@ -159,6 +159,11 @@ class Wanted:
         self.params = {tensor: s for tensor, s in sources.items() if isinstance(tensor, nn.Parameter)}
         self.buffers = {tensor: s for tensor, s in sources.items() if not isinstance(tensor, nn.Parameter)}
         return Loaded(missing, unexpected)
+
+
+def _sort(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Values of one sort are converted, others do not fit."""
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -12,13 +12,14 @@ Source: https://github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -52,7 +59,7 @@ class Stored:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)  # which cannot overflow
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements [start, stop) in row-major order, 1D, in the file's dtype. Raises OSError where the file is short."""
@@ -119,17 +126,43 @@ def _files(path: Any) -> Sequence[Path]:
         return [path]
     index = path / INDEX
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{index}: expected names of files beside it, got {outside[0]!r}.")
-        return [path / name for name in names]
+        return [path / name for name in _named(index)]
     if (path / SINGLE).exists():
         return [path / SINGLE]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{path}: expected {INDEX} or *.safetensors in it, got neither.")
     return files
+
+
+def _named(index: Path) -> list[str]:
+    """The files of an index."""
+    told = _parsed(index, index.read_bytes(), "an index")
+    names = told.get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: expected a 'weight_map' from names of tensors to files, got {names!r:.80}.")
+    for name in names.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{index}: expected names of files beside it, got {name!r:.80}.")
+    return sorted(set(names.values()))
+
+
+def _parsed(path: Path, text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without a name that comes twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name comes twice")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {what} of safetensors, got no JSON that can be read ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected {what} of safetensors, a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -139,21 +172,39 @@ def _header(path: Path) -> dict[str, Stored]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, HEADER_LIMIT):
             raise ValueError(f"{path}: expected a safetensors file, got a header of {length} bytes in a file of {size}.")
-        try:
-            entries = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path}: expected a safetensors file, got a header that is not JSON ({error}).") from None
-    found = {}
+        entries = _parsed(path, file.read(length), "a header")
+    entries.pop("__metadata__", None)
+    found, ranges = {}, []
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-        stored = Stored(path, DTYPES.get(entry["dtype"]), entry["dtype"], shape, 8 + length + start)
-        wrong = stored.dtype is not None and stop - start != stored.numel * stored.dtype.itemsize
-        if wrong or start < 0 or 8 + length + stop > size:
+        kind, shape, start, stop = _entry(path, name, entry)
+        stored = Stored(path, DTYPES.get(kind), kind, shape, 8 + length + start)
+        if (stored.dtype is not None and stop - start != stored.numel * stored.dtype.itemsize) or 8 + length + stop > size:
             raise ValueError(
-                f"{path}: tensor '{name}' of {entry['dtype']} {shape} has bytes {start} to {stop} in a file of {size}. "
+                f"{path}: tensor '{name}' of {kind} {shape} has bytes {start} to {stop} in a file of {size}. "
                 "It is damaged or incomplete; copy it again."
             )
         found[name] = stored
+        ranges.append((start, stop, name))
+    at = 0
+    for start, stop, name in sorted(ranges):
+        if start != at:
+            raise ValueError(
+                f"{path}: expected the values of '{name}' from byte {at} on, got {start}: no gap, and nothing twice."
+            )
+        at = stop
     return found
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, and the range of bytes of one tensor in a header that may be anything."""
+    if isinstance(entry, dict):
+        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if isinstance(kind, str) and _sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]:
+            return kind, tuple(shape), offsets[0], offsets[1]
+    raise ValueError(
+        f"{path}: tensor '{name}': expected a dtype, a shape and data_offsets (from, to) as whole numbers, got {entry!r:.120}."
+    )
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)

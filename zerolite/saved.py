@@ -9,6 +9,7 @@ is new, at any moment.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -73,14 +74,21 @@ def save_pretrained(
             files = Files(Path(folder), [item for item, _ in _tensors(built, names, masters, False)], file_bytes)
         except Exception as error:  # whatever it is: the other ranks wait to be told
             problem = error
-    with torch.no_grad():
-        for _, values in _tensors(built, names, masters, True):  # every rank goes through, whatever happens to rank 0's disk
-            if files is not None and problem is None:
-                try:
-                    assert values is not None
-                    files.append(values)
-                except Exception as error:
-                    problem = error
+    try:
+        with torch.no_grad():
+            for _, values in _tensors(
+                built, names, masters, True
+            ):  # every rank goes through, whatever happens to rank 0's disk
+                if files is not None and problem is None:
+                    try:
+                        assert values is not None
+                        files.append(values)
+                    except Exception as error:
+                        problem = error
+    except BaseException:  # another rank is lost
+        if files is not None:
+            files.give_up()
+        raise
     if files is not None and problem is None:
         try:
             files.close()
@@ -121,6 +129,7 @@ class Files:
     def __init__(self, folder: Path, items: list[Item], most: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.lock = _lock(folder)
         self.parts: list[list[Item]] = [[]]
         size = 0
         for item in items:
@@ -185,10 +194,18 @@ class Files:
         self.placed = True
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Others may save here."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
 
     def give_up(self) -> None:
         """Takes away what was begun; what was there before stays."""
         if self.placed:
+            self.unlock()
             return
         with contextlib.suppress(OSError):
             if self.open is not None:
@@ -198,6 +215,22 @@ class Files:
                 self._new(name).unlink(missing_ok=True)
                 if name not in (SINGLE, INDEX):
                     (self.folder / name).unlink(missing_ok=True)
+        self.unlock()
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder for one save, also over processes and until a killed one is gone; -1 where its file
+    system has no such locks. Raises RuntimeError where another save is under way."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(f"another save to {folder} is under way; wait for it, or save to another folder") from None
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 def _listed(index: Path) -> set[str]:
