@@ -72,6 +72,8 @@ def test_counts():
     assert len(Counted(7 * 10**9).blocks) == 32
     with pytest.raises(ValueError, match=r"expected an nn.Module, a transformers config.*gpt2-xl.*got 'gpt9'"):
         model_of("gpt9")
+    with pytest.raises(ValueError, match=r"below 1e\+16, got '1e30'"):
+        parse_count("1e30")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,25 @@ def test_configs_names_and_modules_agree(tmp_path):
         zerolite.plan(tmp_path / "other.json")
 
 
+ODD = {
+    "no heads": ({"n_head": 0}, "expected values that AutoModelForCausalLM builds a model from, got ZeroDivisionError"),
+    "negative": ({"n_embd": -4}, "builds a model from, got RuntimeError: Trying to create tensor with negative"),
+    "a text": ({"n_layer": "x"}, "expected values of a transformers config, got StrictDataclassFieldValidationError"),
+    "too many": ({"vocab_size": 10**20}, "builds a model from, got TypeError"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_configs_of_no_model_are_one_line(what, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    values, message = ODD[what]
+    config = {"model_type": "gpt2", "n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 11, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and len(told.splitlines()) == 1 and len(told) < 500
+
+
 def test_a_config_without_transformers_names_the_cure(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers, or plan from a count"):
@@ -137,6 +158,39 @@ def test_what_cannot_fit_is_refused_with_the_three_nearest():
     assert "missing" in text and text.split("The nearest that fit: ")[1].count(";") == 2 and "stage 1" in text
     with pytest.raises(ValueError, match=r"The nearest that fit: stage [0-9].* with [0-9]+ ranks"):
         zerolite.plan("7B", world=2, device_bytes="8G", host_bytes="8G", param_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("text", ['{"fp32": true}', '{"fp32": Infinity}', "[" * 100_000, '{"tries": Infinity}'])
+def test_a_cache_that_holds_something_else_is_measured_again(text, tmp_path, monkeypatch, given_rates):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ZEROLITE_RATES", raising=False)
+    calls = []
+    monkeypatch.setattr(rates, "measure", lambda: calls.append(1) or rates.Rates(1.0, 1.0, 1.0, 1.0, 1.0))
+    whole = {"fp32": 1.0, "bf16": 1.0, "int8": 1.0, "average": 1.0, "link": 1.0, "load": 0.0, "tries": 1}
+    rates.cache_path().parent.mkdir(parents=True)
+    rates.cache_path().write_text(text if text[0] == "[" else json.dumps(whole | json.loads(text)))
+    assert rates.rates().fp32 == 1.0 and calls == [1]
+
+
+def test_a_cache_that_cannot_be_replaced_leaves_nothing_behind(tmp_path, monkeypatch, given_rates):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ZEROLITE_RATES", raising=False)
+    monkeypatch.setattr(rates, "measure", lambda: rates.Rates(1.0, 1.0, 1.0, 1.0, 1.0))
+    rates.cache_path().mkdir(parents=True)  # in the way
+    assert rates.rates().fp32 == 1.0
+    assert list(rates.cache_path().parent.iterdir()) == [rates.cache_path()]
+
+
+def test_a_machine_that_does_not_reach_itself_is_taken_as_slow(monkeypatch, caplog):
+    """Nothing waits for a connection that cannot come."""
+
+    def unreachable(*args, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(rates.socket, "create_connection", unreachable)
+    assert rates._link() == 1.0 and "Network is unreachable" in caplog.text
+    monkeypatch.undo()
+    assert rates._link(1 << 20) > 0.01
 
 
 def test_rates_are_measured_once_and_cached(tmp_path, monkeypatch, given_rates):

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -630,6 +631,18 @@ def destroyed(rank):
 
 def test_a_destroyed_group_is_a_clear_error():
     assert on_processes(2, destroyed) == ["RankError"] * 2
+
+
+def little_shared_memory(rank):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    model = nn.Linear(900, 900)
+    zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=2)
+
+
+def test_shared_memory_that_is_too_large_names_the_cure():
+    for kind, found in outcomes(2, little_shared_memory):
+        assert kind == "error" and found[0] == "OSError", found
+        assert "shared memory of" in found[1] and "set ZEROLITE_SHARED=0" in found[1]
 
 
 def clip_on_one_rank(rank):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import Run, loss_of, make, tokens_for
 from ranks import on_processes, on_threads
+from torch import nn
 
 import zerolite
 from zerolite import memory as memory_module
@@ -266,6 +267,49 @@ def test_files_are_written_when_the_block_raises(tmp_path):
     assert (tmp_path / "memory.html").exists() and timeline.samples[-1].label == "stop KeyError"
     assert optimizer._parts.comm.ledger.listener is None and not model._forward_pre_hooks
     optimizer.step()
+
+
+class Dollars(nn.Module):
+    """Modules whose names are formulas, or would end a page's script."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("$\\frac$", nn.Sequential(nn.Linear(3, 3)))
+        self.add_module("<!--<script>", nn.Sequential(nn.Linear(3, 3)))
+
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def test_names_that_are_formulas_are_drawn_as_they_are(tmp_path):
+    model = Dollars()
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=3)
+    with zerolite.MemoryTimeline(optimizer, tmp_path / "memory") as timeline:
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    page = next(path for path in timeline.files if path.suffix == ".html").read_text()
+    script = page[page.rindex('<script type="application/json"') :]
+    assert "<!--" not in script and json.loads(script[script.index(">") + 1 : script.index("</script>")])
+    assert any(path.suffix == ".png" for path in timeline.files)
+
+
+def test_the_error_of_the_block_is_the_one_that_is_seen(tmp_path, monkeypatch, caplog):
+    _, optimizer = make(Run(stage=3), LocalComm())
+
+    def broken(self, suffix):
+        raise ValueError("cannot draw")
+
+    monkeypatch.setattr(zerolite.MemoryTimeline, "_write", broken)
+    with pytest.raises(KeyError, match="its own"), zerolite.MemoryTimeline(optimizer, tmp_path / "memory"):
+        raise KeyError("its own")
+    assert "could not be written (cannot draw)" in caplog.text
+    with pytest.raises(ValueError, match="cannot draw"), zerolite.MemoryTimeline(optimizer, tmp_path / "memory"):
+        pass
+    for path in ("", ".", "/", ".."):
+        with pytest.raises(ValueError, match="path: expected a folder and the beginning of files' names"):
+            zerolite.MemoryTimeline(optimizer, path)
 
 
 def test_without_matplotlib_the_rest_is_written_and_said_once(tmp_path, monkeypatch, caplog):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import os
 import platform
 import socket
@@ -29,9 +31,12 @@ from zerolite.kernels import kernels_in_use, reduce_, set_threads, threads
 from zerolite.moments import MOMENTS
 from zerolite.version import __version__
 
+log = logging.getLogger("zerolite")
 ELEMENTS = 8 << 20  # of a measurement: 112 MiB do not fit in most caches
 BUSY = 0.5  # load a core from which a measurement is not trusted
 TRIES = 8  # a machine that is always busy is measured so often, and then believed
+_SLOW = 1.0  # GB/s, where a connection cannot be measured
+_PATIENCE = 10.0  # seconds
 _MARKS = {"load": BUSY, "tries": 0}  # of a cache file beside the rates; without them it is measured again
 _STEP = (1.0, 0.0, 0.999, 0.1, 0.999, 0.001, 1e-8, 1e-3, 1.0)  # kernels.MOMENT_ROW: an ordinary step of AdamW
 
@@ -67,11 +72,14 @@ def rates() -> Rates:
     found = measure()
     if known is not None:
         found = best_of(known, found)
-    with contextlib.suppress(OSError):  # a read-only home: measured each time
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps({**asdict(found), "load": load, "tries": tries + 1}, indent=1) + "\n")
         part.replace(path)
+    except OSError:  # a read-only home: measured each time
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return found
 
 
@@ -122,16 +130,19 @@ def read(path: Path) -> Rates:
 
 def _read(path: Path) -> tuple[Rates, dict[str, float]]:
     """The same, and the marks of a cache file."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError(f"rates in {path}: expected numbers, got lists in lists. Delete the file to measure again.") from None
     names = {field.name for field in fields(Rates)}
     needed = names - set(Rates.assumed)
     if not isinstance(values, dict) or not needed <= set(values) <= names | set(_MARKS):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"rates in {path}: expected numbers for {sorted(names)}, got {got}. Delete the file to measure again.")
     marks = {name: values.pop(name, default) for name, default in _MARKS.items()}
-    if not all(isinstance(value, (int, float)) and value > 0 for value in values.values()):
+    if not all(type(value) in (int, float) and 0 < value < math.inf for value in values.values()):
         raise ValueError(f"rates in {path}: expected numbers above 0, got {values}. Delete the file to measure again.")
-    if not all(isinstance(value, (int, float)) and value >= 0 for value in marks.values()):
+    if not all(type(value) in (int, float) and 0 <= value < math.inf for value in marks.values()):
         raise ValueError(f"rates in {path}: expected numbers of at least 0, got {marks}. Delete the file to measure again.")
     return Rates(**values), marks
 
@@ -177,19 +188,34 @@ def _update(name: str) -> float:
 
 
 def _link(size: int = 16 << 20) -> float:
-    """GB/s of a TCP connection to this machine itself."""
+    """GB/s of a TCP connection to this machine itself, or what is assumed of one where there can be none."""
+    try:
+        return _loopback(size)
+    except OSError as problem:
+        log.warning("zerolite: no connection of this machine to itself can be measured (%s); taken as %g GB/s", problem, _SLOW)
+        return _SLOW
+
+
+def _loopback(size: int) -> float:
     block = bytes(1 << 20)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=_PATIENCE) as out,
+    ):
+        server.settimeout(_PATIENCE)
+        connection = server.accept()[0]
+        connection.settimeout(_PATIENCE)
 
         def send() -> None:
-            with socket.create_connection(server.getsockname()) as out:
+            with contextlib.suppress(OSError):  # whoever receives is told by the end
                 for _ in range(size // len(block)):
                     out.sendall(block)
+                out.shutdown(socket.SHUT_WR)
 
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
         came, room = 0, bytearray(1 << 20)
-        with server.accept()[0] as connection:
+        with connection:
             start = time.perf_counter_ns()
             while got := connection.recv_into(room):
                 came += got

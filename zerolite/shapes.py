@@ -51,6 +51,7 @@ NAMES: dict[str, dict[str, Any]] = {
 
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:E\+?[0-9]+)?"
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_MOST = 1e16  # parameters that a plan is made for
 _COUNTS = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
 
 
@@ -69,8 +70,8 @@ def parse_count(value: Any) -> int:
     """A number of parameters: 7e9, "7e9", "7B", "350M"."""
     match = re.fullmatch(rf"\s*({_NUMBER})\s*([KMBGT]?)\s*", str(value).upper())
     count = float(match[1]) * 10 ** _COUNTS[match[2]] if match is not None else 0.0
-    if isinstance(value, bool) or not 1 <= count < math.inf:
-        raise ValueError(f"parameters: expected a count such as 7e9, '7B' or '350M', got {value!r}")
+    if isinstance(value, bool) or not 1 <= count < _MOST:
+        raise ValueError(f"parameters: expected a count such as 7e9, '7B' or '350M', below {_MOST:g}, got {value!r}")
     return int(count)
 
 
@@ -128,7 +129,14 @@ def _config(values: Any, source: str) -> Any:
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"{source}: expected a transformers config with a 'model_type', got {str(values)[:80]!r}")
     values = dict(values)
-    return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # of whatever class its checks raise
+        raise ValueError(f"{source}: expected values of a transformers config, got {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
 
 
 def _transformers(source: str) -> Any:
@@ -149,7 +157,13 @@ def from_config(config: Any) -> nn.Module:
     auto = transformers.AutoModelForCausalLM if type(config) in kinds else transformers.AutoModel
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return auto.from_config(config)
+        try:
+            return auto.from_config(config)
+        except Exception as error:  # whatever values such as 0 heads make transformers or torch raise
+            raise ValueError(
+                f"config of '{config.model_type}': expected values that {auto.__name__} builds a model from, got "
+                f"{_first_line(error)}"
+            ) from error
 
 
 def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:

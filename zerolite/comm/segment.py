@@ -60,7 +60,14 @@ class Segment:
 
     def _make(self) -> None:
         self._fd = os.memfd_create("zerolite", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, self.size)
+        try:
+            os.ftruncate(self._fd, self.size)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"shared memory of {self.size} bytes for this host's ranks: {error.strerror} (limits on the sizes of files, "
+                "`ulimit -f`, count). Raise the limit, or set ZEROLITE_SHARED=0: then the process group carries everything",
+            ) from None
 
     def _map(self, path: str | None, private: bool) -> None:
         if path is not None:

@@ -55,6 +55,8 @@ class MemoryTimeline:
             raise TypeError(f"optimizer: expected a ZeroOptimizer, got {type(optimizer).__name__}. Wrap the optimizer first.")
         if ranks not in ("first", "all"):
             raise ValueError(f"ranks: expected 'first' or 'all', got {ranks!r}")
+        if Path(path).name in ("", ".."):
+            raise ValueError(f"path: expected a folder and the beginning of files' names, such as 'out/memory', got '{path}'")
         self._optimizer: ZeroOptimizer | None = optimizer
         self._hooks = Hooks()
         self._phase = "other"
@@ -107,7 +109,7 @@ class MemoryTimeline:
             return
         try:
             self._write(f"-rank{rank}" if self.ranks == "all" else "")
-        except OSError as problem:
+        except Exception as problem:
             if kind is None:
                 raise
             log.warning("zerolite: the timeline could not be written (%s); the error of the block follows", problem)

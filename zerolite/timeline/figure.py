@@ -30,6 +30,7 @@ def draw(record: Recording, peak: Peak, path: Path) -> None:
     """Writes the figure. It changes nothing of matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     most = record.most()
     largest = sorted(most, key=lambda name: -most[name])[:_ROWS]
@@ -62,6 +63,8 @@ def draw(record: Recording, peak: Peak, path: Path) -> None:
         fontsize=12.5,
     )
     figure.text(0.05, (below_axes - 0.57) / height, "\n".join(wrapped), va="top", ha="left", fontsize=8.5, color="0.2")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in a module's name is a $
     _save(figure, path)
 
 

@@ -93,7 +93,7 @@ def page(record: Recording, peak: Peak) -> str:
         table=_bucket_table(record, most),
         by_term=_term_table(record, peak.sample),
         conditions=_table(["", ""], [[name, str(value)] for name, value in conditions.items()], "pairs"),
-        data=json.dumps(_data(record, samples, names, peak.sample), separators=(",", ":")).replace("</", "<\\/"),
+        data=json.dumps(_data(record, samples, names, peak.sample), separators=(",", ":")).replace("<", "\\u003c"),
     )
 
 
