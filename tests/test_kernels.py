@@ -473,6 +473,9 @@ def python(code, **env):
 def test_environment_forces_an_instruction_set(isa):
     result = python("from zerolite import kernels; print(kernels.kernels_in_use())", ZEROLITE_ISA=isa)
     assert result.stdout.strip() == isa
+
+
+def test_environment_forces_the_reference():
     result = python("from zerolite import kernels; print(kernels.kernels_in_use())", ZEROLITE_KERNELS="reference")
     assert result.stdout.strip() == "reference"
 

@@ -56,18 +56,12 @@ def variants(run: Run):
 
 
 @pytest.mark.parametrize(
-    "world,dtype",
+    "world,dtype,micro,clip",
     [
-        (1, "bf16"),
-        (2, "bf16"),
-        (3, "bf16"),
-        (1, "fp16"),
-        (2, "fp16"),
-        (1, "fp32"),
-        (2, "fp32"),
+        *((world, "bf16", micro, clip) for world in (1, 2) for micro, clip in ((1, 0.5), (3, None))),
+        *((3, "bf16", 3, None), (1, "fp16", 1, 0.5), (2, "fp16", 3, None), (1, "fp32", 3, None), (2, "fp32", 1, 0.5)),
     ],
 )
-@pytest.mark.parametrize("micro,clip", [(1, 0.5), (3, None)])
 def test_same_bits_with_and_without_offload(device, world, micro, clip, dtype):
     run = Run(dtype=DTYPES[dtype], micro=micro, clip=clip, bucket_mb=2e-3, steps=3)
     expected = on_threads(world, train_on, run)

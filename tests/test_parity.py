@@ -35,9 +35,14 @@ def ranks_agree(results):
     return all(equal(result["params"], results[0]["params"]) for result in results)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("micro,clip", [(1, None), (1, 0.5), (3, None), (2, 0.5)])
+@pytest.mark.parametrize(
+    "world,micro,clip",
+    [
+        *((2, micro, clip) for micro, clip in ((1, None), (1, 0.5), (3, None), (2, 0.5))),
+        *((1, 1, 0.5), (1, 3, None), (3, 1, None), (3, 2, 0.5), (4, 1, 0.5), (4, 3, None)),
+    ],
+)
 def test_same_bits_at_every_stage(world, dtype, micro, clip):
     run = Run(dtype=DTYPES[dtype], micro=micro, clip=clip)
     results = [on_threads(world, train_on, replace(run, **variant)) for variant in VARIANTS]

@@ -195,7 +195,7 @@ def peak(comm, stage, dtype, micro, clip, kind, **more):
 @pytest.mark.parametrize("kind", [even, Net, untied])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_peak_of_a_step_is_the_planned_one_within_a_bucket(stage, world, kind, dtype):
-    for micro, clip in ((1, False), (1, True), (2, False), (2, True), (3, False), (3, True), (4, False)):
+    for micro, clip in ((1, False), (1, True), (2, True), (3, False), (4, True)):
         options = (stage, dtype, micro, clip, kind)
         for planned, seen, bucket in on_threads(world, peak, *options) if world > 1 else [peak(LocalComm(), *options)]:
             # a gradient that autograd holds has no padding, and one that waits for its bucket is a bit more
