@@ -154,6 +154,29 @@ def test_stage_3_wants_exactly_the_models_parameters():
         build(model, torch.optim.AdamW(model.blocks.parameters()), stage=3)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_wrapped_optimizer_is_not_stepped(stage):
+    model = seeded(Net)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = build(model, inner, stage=stage)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    with pytest.raises(RuntimeError, match="expected to be called on the ZeroOptimizer, got called on the AdamW that it wraps"):
+        inner.step()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.remove_hooks()
+    loss_of(seeded(Net), tokens_for(0, 0, 0)).backward()
+    inner.step()  # it is the script's again
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_model_of_other_parameters_is_refused(stage):
+    model = seeded(Net)
+    inner = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"Build the\s+optimizer from this model's parameters\(\)"):
+        build(copy.deepcopy(model), inner, stage=stage)
+
+
 def test_stage_3_takes_no_parameter_that_came_into_the_model_later():
     model, optimizer = make(Run(stage=3), LocalComm())
     model.head = nn.Linear(13, 3)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -631,6 +632,25 @@ def destroyed(rank):
 
 def test_a_destroyed_group_is_a_clear_error():
     assert on_processes(2, destroyed) == ["RankError"] * 2
+
+
+def evaluates_on_one_rank(rank):
+    model, optimizer = make(Run(stage=3), None)
+    for step in range(2):
+        loss_of(model, tokens_for(step, 0, rank)).backward()
+        if rank == 0 and step == 1:
+            model.state_dict()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_first_call_that_differs_is_named():
+    """state_dict() on one rank moves nothing where ranks share memory, and the calls after it are alike."""
+    for kind, (name, message, _) in outcomes(2, evaluates_on_one_rank):
+        assert kind == "error" and name == "RankError"
+        found = re.search(r"step\(\): after 'step backward' rank 0 did '(.*?)', rank 1 did '(.*?)'\. No state", message)
+        assert found and found[1].startswith("gather") and found[2] == "step agreement", message
+        assert "state_dict() and full_params() are for all ranks or none" in message
 
 
 def little_shared_memory(rank):

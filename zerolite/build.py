@@ -178,7 +178,9 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
         joined = share_host(comm, hosts)
     elif checked.plan.grads.home == "host" and not checked.plan.resident:  # what stays on the devices uses the group
         joined = connect(comm, hosts, checked.link)
-    return _make(checked, model, joined, here)
+    built = _make(checked, model, joined, here)
+    built.hooks.on_inner_step(optimizer)
+    return built
 
 
 def _share_cores(found: list[tuple[str, int, frozenset[int]]]) -> None:

@@ -106,8 +106,16 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
     if plan.params.sharded and model is not None:
         for p in groups:
             if p not in owned:
-                raise ValueError(f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have.")
+                raise ValueError(
+                    f"parameter '{names[p]}': expected a parameter of the model, got one that it does not have. Build the "
+                    "optimizer from this model's parameters()."
+                )
         wanted = list(model.parameters())
+    elif model is not None and owned.isdisjoint(groups):
+        raise ValueError(
+            f"model: expected the module whose parameters the optimizer has, got a {type(model).__name__} that owns none of "
+            "them. Build the optimizer from this model's parameters(), not from those of a copy."
+        )
     for p in wanted:
         if _trained(p):
             gc.collect()  # of an optimizer that nobody holds, cycles may be left

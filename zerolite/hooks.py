@@ -45,6 +45,19 @@ class Hooks:
         hook = functools.partial(self.listeners[entry.bucket], entry.slot)
         self.handles.append(entry.param.register_post_accumulate_grad_hook(hook))
 
+    def on_inner_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nobody steps the optimizer that was wrapped (it shares its hooks with the wrapper, and a copy of it has them too)."""
+        inner = weakref.ref(optimizer)
+
+        def refuse(called: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if called is inner():
+                raise RuntimeError(
+                    f"step(): expected to be called on the ZeroOptimizer, got called on the {type(called).__name__} that it "
+                    "wraps, which has no states and sees no averaged gradients. Use what ZeroOptimizer(...) returned."
+                )
+
+        self.handles.append(optimizer.register_step_pre_hook(refuse))
+
     def before(self, module: nn.Module, call: Callable[..., None], **options: Any) -> None:
         """call(module, args, ...) before the forward of `module`, before other hooks."""
         self.handles.append(module.register_forward_pre_hook(_of(module, call), prepend=True, **options))

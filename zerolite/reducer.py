@@ -16,7 +16,7 @@ from torch import Tensor
 from zerolite.backward import most_ahead
 from zerolite.bucket import Bucket, Entry
 from zerolite.comm import Comm
-from zerolite.comm.ledger import RankError
+from zerolite.comm.ledger import WHO, RankError, parted
 from zerolite.gradient import Gradients
 from zerolite.kernels import exceeds_
 from zerolite.placement import Plan
@@ -303,11 +303,8 @@ class Reducer:
         self.comm.max_(agreed, "step agreement")
         if int(agreed[0]) != -int(agreed[1]):
             recent = self.comm.share(list(ledger.recent), "step disagreement")
-            raise RankError(
-                "ranks took different paths before step(): "
-                + "; ".join(f"rank {rank} last did {calls[-4:-1]}" for rank, calls in enumerate(recent))
-                + ". No state was changed. A module that only some ranks use must be gathered with its parent (units=...)."
-            )
+            raise RankError(f"ranks took different paths before step(): {parted(recent)}. No state was changed. {WHO}")
+        ledger.agreed()
         if int(agreed[5]) != -int(agreed[6]):
             names = [entries[index].name for index in dict.fromkeys(replaced + [index for _, index in dropped])]
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zerolite.comm import Comm
 from zerolite.comm.lane import Lane, LaneSpec, MessageLane
-from zerolite.comm.ledger import Ledger, RankError
+from zerolite.comm.ledger import WHO, Ledger, RankError
 from zerolite.comm.local import LocalComm
 
 _T = TypeVar("_T")
@@ -262,8 +262,7 @@ class GroupComm:
         """The error of ranks that wait for different things."""
         table = "; ".join(f"rank {rank}: '{what}'" for rank, what in enumerate(whats))
         return RankError(
-            f"ranks wait for different things: {table}. They took different paths through the model or the loop; "
-            "a module that only some ranks use must be gathered as one unit with its parent (units=...)."
+            f"ranks wait for different things: {table}. They took different paths through the model or the loop. {WHO}"
         )
 
     def retract(self) -> None:
