@@ -410,6 +410,15 @@ def test_a_damaged_part_on_one_rank_changes_nothing_on_any(damage):
     assert same and also
 
 
+def test_a_whole_checkpoint_is_not_the_optimizers_part():
+    model = torch.nn.Linear(8, 8)
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=1)
+    with pytest.raises(
+        ValueError, match=r"expected a dict of 'state'.*got one of \['model', 'optimizer'\].*pass the optimizer's"
+    ):
+        optimizer.load_state_dict({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
 def test_a_whole_state_dict_is_checked_by_element():
     model = torch.nn.Linear(8, 8)
     optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,22 @@ ODD = {
     "a text": ({"n_layer": "x"}, "expected values of a transformers config, got StrictDataclassFieldValidationError"),
     "too many": ({"vocab_size": 10**20}, "builds a model from, got TypeError"),
 }
+
+
+def rows(text):
+    """A table's rows without the modelled time, which is the machine's, and what it leads to."""
+    lines = [line for line in text.splitlines() if re.match(r" +[0-3] ", line)]
+    return [re.sub(r"\s+[\d.]+ (?:ms|us|s)\s", " ", line).replace("<- recommended", "").split() for line in lines]
+
+
+def test_the_tables_of_the_page_are_what_the_command_prints(capsys, given_rates):
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text()
+    blocks = re.findall(r"```\n\$ zerolite ([^\n]*)\n(.*?)\n```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for command, text in blocks:
+        assert cli.main(command.split()) == 0
+        assert rows(capsys.readouterr().out) == rows(text) != []
 
 
 @pytest.mark.parametrize("what", ODD)

@@ -186,7 +186,7 @@ def test_what_fails_is_told_to_all_and_leaves_what_was_there(place, file_bytes, 
         train(model, optimizer, comm.rank)
         comm.share(None, "set-up")
         if comm.rank == 0 and place == "dtype":
-            model.register_buffer("odd", torch.zeros(1, dtype=torch.complex64))
+            model.register_buffer("odd", torch.zeros(1, dtype=torch.complex128))
         elif comm.rank == 0:
             owner = saved.Files if place in ("append", "_finish") else Path
             call, calls = getattr(owner, place), []

@@ -109,6 +109,11 @@ def _agree(comm: Comm, problem: Exception | None, saved: Saved | None, late: lis
 
 def _read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Rule) -> Saved:
     """Raises ValueError where the param groups have other sizes, NotImplementedError where they have unknown options."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "load_state_dict: expected a dict of 'state' and 'param_groups', as state_dict() gives it, got one of "
+            f"{list(map(str, state_dict))[:6]}. Of a checkpoint with model and optimizer, pass the optimizer's part."
+        )
     theirs: list[dict[str, Any]] = state_dict["param_groups"]
     counts, got = [len(g["params"]) for g in groups], [len(g["params"]) for g in theirs]
     if counts != got:

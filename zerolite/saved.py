@@ -74,21 +74,7 @@ def save_pretrained(
             files = Files(Path(folder), [item for item, _ in _tensors(built, names, masters, False)], file_bytes)
         except Exception as error:  # whatever it is: the other ranks wait to be told
             problem = error
-    try:
-        with torch.no_grad():
-            for _, values in _tensors(
-                built, names, masters, True
-            ):  # every rank goes through, whatever happens to rank 0's disk
-                if files is not None and problem is None:
-                    try:
-                        assert values is not None
-                        files.append(values)
-                    except Exception as error:
-                        problem = error
-    except BaseException:  # another rank is lost
-        if files is not None:
-            files.give_up()
-        raise
+    problem = _stream(files, _tensors(built, names, masters, True)) or problem
     if files is not None and problem is None:
         try:
             files.close()
@@ -102,6 +88,25 @@ def save_pretrained(
         left = "the new files are in place, earlier ones could not be removed" if placed else "what was there before is"
         kind = RuntimeError if problem is not None else RankError
         raise kind(f"save_pretrained: rank 0 could not write to {folder} ({told}); {left}.") from problem
+
+
+def _stream(files: Files | None, tensors: Iterator[tuple[Item, Tensor | None]]) -> Exception | None:
+    """Writes them all, and gives back what went wrong: every rank goes through, whatever happens to rank 0's disk."""
+    problem: Exception | None = None
+    try:
+        with torch.no_grad():
+            for _, values in tensors:
+                if files is not None and problem is None:
+                    try:
+                        assert values is not None
+                        files.append(values)
+                    except Exception as error:
+                        problem = error
+    except BaseException:  # another rank is lost
+        if files is not None:
+            files.give_up()
+        raise
+    return problem
 
 
 def _tensors(built: Built, names: dict[Tensor, str], masters: bool, read: bool) -> Iterator[tuple[Item, Tensor | None]]:
