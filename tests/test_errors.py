@@ -154,6 +154,11 @@ def test_stage_3_wants_exactly_the_models_parameters():
         build(model, torch.optim.AdamW(model.blocks.parameters()), stage=3)
 
 
+def test_overlap_is_a_truth_value():
+    with pytest.raises(ValueError, match="overlap: expected True or False, got 'no'"):
+        build(overlap="no")
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_wrapped_optimizer_is_not_stepped(stage):
     model = seeded(Net)

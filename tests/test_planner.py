@@ -276,6 +276,20 @@ def test_an_optimizer_that_cannot_fit_is_refused_before_anything_changes(stage, 
     assert places == [p.data_ptr() for p in model.parameters()]
 
 
+def test_the_command_line_tells_its_version_and_sizes_without_a_unit(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"zerolite {zerolite.__version__}"
+    for option in ("--host-mem", "--device-mem"):
+        assert cli.main(["plan", "--params", "7B", option, "16"]) == 2
+        assert f"{option}: expected a size such as 80G or 512GiB, got 16, which is 16 bytes" in capsys.readouterr().err
+
+
+def test_options_that_a_plan_does_not_have():
+    with pytest.raises(TypeError, match=r"zerolite\.plan: expected options of \['batch', .*'world'\], got 'wrld'"):
+        zerolite.plan("7B", wrld=2)
+
+
 def test_the_command_line_prints_a_table_and_the_same_as_json(capsys):
     pytest.importorskip("transformers")
     assert cli.main(["plan", "gpt2-xl", "--world", "8", "--device-mem", "8G", "--host-mem", "512G"]) == 0

@@ -57,6 +57,8 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     dtype = options["param_dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
+    if not isinstance(options["overlap"], bool):
+        raise ValueError(f"overlap: expected True or False, got {options['overlap']!r}")
     check_bucket_mb(options["bucket_mb"])
     check_update(options["update"])
     check_model(model)

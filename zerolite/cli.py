@@ -19,6 +19,7 @@ from zerolite.placement import Plan, choices
 from zerolite.planner import DEFAULT_BUCKET_MB, Candidate, Limits, Question, explain, question_of
 from zerolite.rates import rates
 from zerolite.shapes import NAMES, model_of, parse_bytes, parse_count
+from zerolite.version import __version__
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,6 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0 where something fits, 1 where nothing does, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(prog="zerolite", description="ZeRO for any PyTorch program by one line.")
+    parser.add_argument("--version", action="version", version=f"zerolite {__version__}")
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # has its own options, in the source tree
         return _bench(given[1:])
@@ -98,6 +100,12 @@ def _plan(args: argparse.Namespace) -> int:
     if len(given) != 1:
         raise ValueError(f"expected one of a name or path, --config or --params, got {len(given)}. Try: zerolite plan gpt2-xl")
     limits = Limits(parse_bytes(args.device_mem, "--device-mem"), parse_bytes(args.host_mem, "--host-mem"))
+    for option, given_size, size in (
+        ("--device-mem", args.device_mem, limits.device),
+        ("--host-mem", args.host_mem, limits.host),
+    ):
+        if size is not None and size < 1 << 20:
+            raise ValueError(f"{option}: expected a size such as 80G or 512GiB, got {given_size}, which is {size} bytes")
     device = args.device or ("cpu" if limits.device is None else "cuda")
     if device == "cpu" and limits.device is not None:
         raise ValueError("--device-mem: expected --device cuda, got cpu, where all memory is --host-mem")

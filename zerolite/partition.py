@@ -220,7 +220,7 @@ def check_model(model: nn.Module | None) -> None:
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or kind.startswith("FSDP"):
             raise TypeError(
                 f"model: expected a plain module, got {kind}{f' at {name!r}' if name else ''}. zerolite averages and shards "
-                "gradients itself; pass the model without that wrapper."
+                "gradients itself: pass the model that is in it (model.module), and call that one in the loop."
             )
         if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f"module '{name}': expected dense gradients, got {kind}(sparse=True). Build it with sparse=False.")

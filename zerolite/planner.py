@@ -373,12 +373,16 @@ def plan(
         device_bytes: limit of each rank's device memory, a number or e.g. "80G"; None: unlimited.
         host_bytes: limit of one host's memory for all its ranks.
         options: world=1, ranks_per_host=None (all on one host), param_dtype=None, units=None, bucket_mb=25.0,
-            optimizer=None (AdamW), batch=None (adds activations), micro_batches=1, clip=True, resident=0.0,
+            optimizer=None (AdamW), batch=None (adds activations: a tensor, a tuple of arguments or a dict of keyword
+            arguments of its forward, values do not matter), micro_batches=1, clip=True, resident=0.0,
             gradients="auto" (with offload="states" on the device where device_bytes leaves room), update="auto",
             step_in_backward=False.
 
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """
+    known = question_of.__kwdefaults__.keys() - {"device", "device_bytes"}
+    for name in options.keys() - known:
+        raise TypeError(f"zerolite.plan: expected options of {sorted(known)}, got '{name}'")
     limits = Limits(parse_bytes(device_bytes, "device_bytes"), parse_bytes(host_bytes, "host_bytes"))
     kind = device or ("cpu" if limits.device is None else "cuda")
     if limits.device is not None and kind == "cpu":
