@@ -308,7 +308,8 @@ class Plan:
             placement = getattr(self, term)
             total = self.at_rest(term)
             lines.append(
-                f"{term:8}{'sharded' if placement.sharded else 'whole':>10}{placement.home:>8}{total:>16,}"
+                f"{term:8}{'sharded' if placement.sharded else 'whole':>10}"
+                f"{'host' if self.setting.device == 'cpu' else placement.home:>8}{total:>16,}"
                 f"{total / max(self.numel, 1):>13.3f}"
             )
         rank = " + ".join(f"{value:,} on the {home}" for home, value in self.bytes_peak.items() if value)
