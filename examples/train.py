@@ -56,24 +56,28 @@ def parse_args() -> argparse.Namespace:
     """The options; exits with a message where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", choices=["0", "1", "2", "3", "ddp"], default="2", help="ZeRO stage, or ddp for DistributedDataParallel")
-    add("--offload", choices=["states", "all"], help="rest states and gradients, or parameters too, in host memory")
-    add("--moments", choices=["fp32", "bf16", "int8"], default="fp32", help="storage of Adam's two moments")
+    add("--stage", choices=["0", "1", "2", "3", "ddp"], default="2", help="ZeRO stage (2), or ddp for DistributedDataParallel")
+    add(
+        "--offload",
+        choices=["states", "all"],
+        help="rest states and gradients, or parameters too, in host memory (a CPU run moves nothing)",
+    )
+    add("--moments", choices=["fp32", "bf16", "int8"], default="fp32", help="storage of Adam's two moments (fp32)")
     add("--model", choices=list(MODELS), default="small", help="default: small, of 11 million parameters")
     add("--data", type=Path, metavar="PATH", help="a text file or a directory of them; default: the standard library's source")
-    add("--steps", type=int, default=200, help="steps of the whole learning rate schedule")
+    add("--steps", type=int, default=200, help="steps of the whole learning rate schedule (%(default)s)")
     add("--stop", type=int, help="stop after this step of the schedule; default: after the last")
-    add("--batch", type=int, default=4, help="sequences a rank and step")
-    add("--context", type=int, default=128, help="tokens of a sequence")
-    add("--lr", type=float, default=6e-4, help="highest learning rate")
-    add("--seed", type=int, default=0)
-    add("--prompt", default="    def __init__(self", help="start of the generated sample")
+    add("--batch", type=int, default=4, help="sequences a rank and step (%(default)s)")
+    add("--context", type=int, default=128, help="tokens of a sequence (%(default)s)")
+    add("--lr", type=float, default=6e-4, help="highest learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="of values, batches and the sample (%(default)s)")
+    add("--prompt", default="    def __init__(self", help="start of the generated sample (%(default)r)")
     add(
         "--out",
         type=Path,
         default=Path("out"),
         metavar="DIR",
-        help="where ranks share the tokenized text; kept for the next run",
+        help="where ranks share the tokenized text; kept for the next run (%(default)s)",
     )
     add("--save", type=Path, metavar="PATH", help="write a checkpoint at the end")
     add("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, also one of another stage")
@@ -99,6 +103,7 @@ def mistakes(args: argparse.Namespace) -> dict[str, bool]:
         "--prompt: expected some text, got none": not args.prompt,
         f"--data: {args.data} does not exist": args.data is not None and not args.data.exists(),
         f"--resume: {args.resume} is not a file": args.resume is not None and not args.resume.is_file(),
+        f"--save: expected the name of a file, {args.save} is a folder": args.save is not None and args.save.is_dir(),
         "--offload: expected a ZeRO stage with it, got --stage ddp": args.offload is not None and args.stage == "ddp",
         f"--offload all: expected --stage 3 with it, got {args.stage}": args.offload == "all" and args.stage != "3",
         "--moments: expected a ZeRO stage with it, got --stage ddp": args.moments != "fp32" and args.stage == "ddp",
@@ -302,7 +307,10 @@ def main() -> None:
     parts = build(args)
     start = resume(args.resume, parts) if args.resume else 0
     if start >= args.stop:
-        raise SystemExit(f"--resume: expected a checkpoint of less than {args.stop} steps, got one of {start}. Raise --steps.")
+        raise SystemExit(
+            f"--resume: expected a checkpoint of less than {args.stop} steps, got one of {start}. Raise "
+            "--steps, and --stop where it is given."
+        )
     with MemoryTimeline(parts.optimizer, args.timeline) if args.timeline else nullcontext():
         report = train(args, parts, tokens, start)
     if args.save:
