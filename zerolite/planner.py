@@ -380,7 +380,7 @@ def plan(
 
     Raises ValueError, with what is missing and the three nearest that fit, where the plan does not fit.
     """
-    known = question_of.__kwdefaults__.keys() - {"device", "device_bytes"}
+    known = (question_of.__kwdefaults__ or {}).keys() - {"device", "device_bytes"}
     for name in options.keys() - known:
         raise TypeError(f"zerolite.plan: expected options of {sorted(known)}, got '{name}'")
     limits = Limits(parse_bytes(device_bytes, "device_bytes"), parse_bytes(host_bytes, "host_bytes"))
