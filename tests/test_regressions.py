@@ -1225,11 +1225,8 @@ def test_what_is_made_in_inference_mode_is_trained_outside(stage, kind):
     model[1].requires_grad_(False)
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     with torch.inference_mode():
-        inner = kind(model[0].parameters(), lr=0.1, **options)
-        whole = None if stage < 3 else model
-        if stage == 3:
-            inner = kind(model.parameters(), lr=0.1, **options)
-        optimizer = zerolite.ZeroOptimizer(inner, whole or model, stage=stage, process_group=LocalComm())
+        inner = kind((model if stage == 3 else model[0]).parameters(), lr=0.1, **options)
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=stage, process_group=LocalComm())
 
     def step():
         model(torch.ones(2, 8)).square().sum().backward()

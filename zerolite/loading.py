@@ -134,17 +134,19 @@ def _read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Ru
     if about is not None and about["format"] > FORMAT:
         raise ValueError(f"load_state_dict: expected format {FORMAT} or older, got {about['format']}. Update zerolite.")
     if about is not None:
-        steps = {index: _count(f"parameter number {index}", count) for index, count in about["steps"].items()}
+        steps = {index: _count(index, count) for index, count in about["steps"].items()}
     else:
-        steps = {index: _count(f"parameter number {index}", values.get("step", 1)) for index, values in state.items()}
+        steps = {index: _count(index, values.get("step", 1)) for index, values in state.items()}
     return Saved(state, masters, theirs, about, steps)
 
 
-def _count(name: str, step: Any) -> int:
-    """A number of steps."""
+def _count(index: int, step: Any) -> int:
+    """The number of steps of parameter number `index`."""
     count = float(step) if not isinstance(step, Tensor) or step.numel() == 1 else -1.0
     if not 0.0 <= count < MOST_STEPS:
-        raise ValueError(f"{name}: expected a count of steps, a number from 0 on, got {step!r}. The state dict is damaged.")
+        raise ValueError(
+            f"parameter number {index}: expected a count of steps, a number from 0 on, got {step!r}. The state dict is damaged."
+        )
     return int(count)
 
 
@@ -214,7 +216,7 @@ def _check_part(saved: Saved, known: dict[int, Entry], pieces: dict[int | None, 
         )
     for index, values in saved.state.items():
         count = saved.steps.get(index, 0)
-        if _counted(known.get(index)) and count != _count(f"parameter number {index}", values["step"]):
+        if _counted(known.get(index)) and count != _count(index, values["step"]):
             raise ValueError(
                 f"parameter '{known[index].name}': expected {count} steps, as 'zerolite' counts them, got a state after "
                 f"{float(values['step']):g}. Load both as they were saved."
