@@ -76,6 +76,7 @@ ZL_FN Ints plus_odd(Ints to, Ints x, Ints bit) {
 ZL_FN Ints nan_where(Ints x, Ints value, Ints nan) {  // x is one
   return _mm512_mask_mov_epi32(value, _mm512_cmp_ps_mask(as_floats(x), as_floats(x), _CMP_UNORD_Q), nan);
 }
+ZL_FN bool any_nan(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 ZL_FN __m256i folded(Ints x) { return _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)); }
 #else
 // Packing and unpacking work in halves: the middle quarters change places before, or after.
@@ -91,6 +92,7 @@ ZL_FN Ints plus_odd(Ints to, Ints x, Ints bit) { return _mm256_add_epi32(to, _mm
 ZL_FN Ints nan_where(Ints x, Ints value, Ints nan) {  // x is one
   return _mm256_blendv_epi8(value, nan, as_ints(_mm256_cmp_ps(as_floats(x), as_floats(x), _CMP_UNORD_Q)));
 }
+ZL_FN bool any_nan(Floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 ZL_FN __m256i folded(Ints x) { return x; }
 #endif
 

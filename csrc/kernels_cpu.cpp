@@ -100,6 +100,14 @@ void average_plain(float* g, const Sources& s, int64_t at, int64_t n) {
   for (int64_t i = 0; i < n; ++i) g[i] = plain(g[i]);
 }
 
+}  // namespace
+}  // namespace zerolite
+
+#include "split_wide.h"
+
+namespace zerolite {
+namespace {
+
 // Elements [0, n) of fp32 parameters or masters. Values are in locals in between: what is stored could else be another stream,
 // as far as the compiler can tell here.
 ZL_FN void adam_masters(float* p, float* m, float* v, const float* g, const AdamRow& r, int64_t n) {
@@ -159,6 +167,9 @@ void update_pieces(const Update& update, const AdamTensors& t, const Sources& s,
 }
 
 void reduce_adam(const AdamTensors& t, const Sources& s, const AdamRow& r, int64_t start, int64_t stop) {
+#if defined(ZL_SPLIT_WIDE)
+  if (t.dtype == Dtype::kBFloat16) start = adam_split_any(t, s, r, start, stop);
+#endif
   switch (t.dtype) {
     case Dtype::kFloat: return update_pieces(AdamFloat(), t, s, r, start, stop);
     case Dtype::kBFloat16: return update_pieces(AdamSplit(), t, s, r, start, stop);

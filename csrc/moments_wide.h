@@ -151,13 +151,15 @@ __attribute__((noinline)) Tops read_plain(Staged& x, const Tensors<uint8_t>& t, 
   return top;
 }
 
-// Patterns of a group of the averaged gradient, as average() and narrow() make them, but for NaNs, which keep their bits:
-// those of a moment that is NaN are plain ones. Of a pair of words each is a float where it lies, but for a shift of the lower
-// one. A loop of its own: inside the stages' it leaves too few registers.
+// Patterns of a group of the averaged gradient, as average() and narrow() make them; but without `nans` those of a NaN are not
+// looked after, for moments of 8 or 16 bits that are NaN are plain ones. Of a pair of words each is a float where it lies, but for
+// a shift of the lower one. A loop of its own: inside the stages' it leaves too few registers.
+template <bool nans>
 ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
   const Ints bit = all(0x10000u), below_half = all(0x7fffu), upper = all(0xffff0000u);
   const uint16_t* const* const from = reinterpret_cast<const uint16_t* const*>(s.data);
   const Floats mean = ZL_OP(set1_ps)(s.mean);
+  Floats any = as_floats(zeros());
   ahead_of<uint16_t>(s, at);
 #pragma GCC unroll 4
   for (int i = 0; i < kGroup; i += kWords) {
@@ -175,7 +177,10 @@ ZL_FN void average_group(uint16_t* to, const Sources& s, int64_t at) {
       near[j] = plus_odd(ZL_OP(add_epi32)(x, below_half), x, bit);
     }
     store(to + i, both_or(near[1], upper, ZL_OP(srli_epi32)(near[0], 16)));
+    if constexpr (nans) any = any + (sum[0] + sum[1]);
   }
+  if (nans && __builtin_expect(any_nan(any), 0))
+    for (int i = 0; i < kGroup; ++i) to[i] = nearest_even(widen(bf16{to[i]}));
 }
 
 // One turn, `stages` of which have a group: hand[i] was read i turns before. `average`: the gradient is that of `s`, from
@@ -200,7 +205,7 @@ ZL_FN void turn(const Tensors<C>& all_groups, const Sources& s, int64_t start, i
   }
   if constexpr (read) ahead(first.param), ahead(first.rest), ahead(first.m), ahead(first.v);
   if constexpr (read && !average) ahead(first.g);
-  if constexpr (read && average) average_group(now.g, s, start + k * kGroup);
+  if constexpr (read && average) average_group<false>(now.g, s, start + k * kGroup);
   Ints tops[2] = {zeros(), zeros()};
 #pragma GCC unroll 1
   for (int at = 0; at < kGroup; at += kCodes) {

@@ -117,6 +117,32 @@ def test_reduce_adam_special_values(isa, value, dtype):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("grads", [torch.bfloat16, torch.float32])
+def test_updates_of_bfloat16_have_the_bits_of_plain_loops(isa, grads):
+    """Sizes around pieces of 64, ranges that begin anywhere, values that are not finite, with a decay in the gradient."""
+    make = torch.Generator().manual_seed(7)
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1e-45, -0.0])
+    for trial in range(120):
+        n, count = (
+            [1, 63, 64, 65, 127, 128, 129, 192, 321, 1000][trial % 10],
+            [1, 1, 2, 3, 9][trial % 5 if trial < 60 else -1 - trial % 5],
+        )
+        start, mean = min(n - 1, [0, 0, 64, 3][trial % 4]), [1.0 / count, 1.0, 0.5][trial % 3]
+        values = [torch.randn(n, generator=make) * 1e-3 for _ in range(count + 3)]
+        for value in values[: 1 + trial % 3]:
+            value[int(torch.randint(n, (1,), generator=make))] = odd[trial % 6]
+        sources, rows = [value.to(grads) for value in values[:count]], ROWS.clone()
+        rows[:, 1] = [0.0, 0.1][trial % 2]
+        found = []
+        for table in ("baseline", kernels.kernels_in_use()):
+            kernels.set_isa(table)
+            param, rest = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+            reference.split_(param, rest, values[-1] * 1e3)
+            found.append([param, rest, values[-2].clone(), values[-3].abs()])
+            kernels.reduce_adam_(*found[-1], sources, torch.tensor([[start, n, 0]]), rows, mean)
+        assert_same(*found)
+
+
 #: Bits of NaNs: the plain one, what x86 computes, a GPU's own, the same below 0, and two that bf16 gradients hold.
 NANS = [0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF0000, 0xFFFF0000]
 
