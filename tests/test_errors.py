@@ -387,6 +387,27 @@ def test_a_step_that_is_not_finite_changes_nothing(value, stage, clip):
     assert optimizer.skipped_steps == 1 and not equal(before[0], optimizer.full_state())
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_warning_names_a_parameter_that_is_not_finite_itself(stage):
+    with zerolite.meta_init(init=False):
+        model = Net()
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage)
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    with pytest.warns(UserWarning, match=r"Parameter '.*' is not finite either, since meta_init\(init=False\): call load_pre"):
+        optimizer.step()
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    with torch.no_grad():
+        model.norm.weight[1] = torch.inf
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    with pytest.warns(UserWarning, match=r"Parameter 'norm\.weight' is not finite either\.$"):
+        optimizer.step()
+
+
+def test_process_groups_that_are_none():
+    with pytest.raises(TypeError, match=r"process_group: expected a torch\.distributed process group.*got 'gloo'"):
+        zerolite.ZeroOptimizer(torch.optim.AdamW([nn.Parameter(torch.ones(2))]), process_group="gloo")
+
+
 def test_huge_but_finite_gradients_are_applied():
     model, optimizer = make(Run(), LocalComm())
     (loss_of(model, tokens_for(1, 0, 0)) * 1e31).backward()

@@ -344,6 +344,8 @@ def test_activations_are_those_that_autograd_saves():
     assert plan.setting.activations == sum(t.untyped_storage().nbytes() for t in saved.values()) > 0
     assert output.shape and plan.bytes_peak["host"] >= plan.setting.activations + sum(plan.bytes_at_rest.values())
     assert zerolite.plan(meta(lambda: Net(tied=False)), stage=0, batch=(batch,)).setting == plan.setting
+    with pytest.raises(ValueError, match=r"batch: expected tensors that the model's forward takes, got \(4, 1024\)"):
+        zerolite.plan(Net(), batch=(4, 1024))
     with pytest.raises(ValueError, match="batch: expected Net to run on the meta device, got TypeError"):
         zerolite.plan(model, batch={"nothing": batch})
 

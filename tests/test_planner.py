@@ -350,7 +350,10 @@ def test_the_command_line_says_what_is_wrong(capsys):
         (["--config", "gpt2"], "--config: expected the path of a config.json or of its folder, found nothing at 'gpt2'"),
         (["--params", "7e9", "--host-mem", "1Q"], "--host-mem: expected a size"),
         (["gpt2", "--batch", "4"], "--batch: expected rows x length"),
+        (["gpt2", "--batch", "4x1025"], "--batch: expected a length of at most 1024, the config's max_position_embeddings"),
         (["no-such-model"], "expected an nn.Module"),
+        (["gpt2-xxl"], "got 'gpt2-xxl'. Did you mean 'gpt2-xl'?"),
+        ([str(Path(__file__).parent)], "expected a folder with a transformers config.json in it"),
     ]:
         assert cli.main(["plan", *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -425,8 +425,13 @@ def test_files_that_are_damaged_or_something_else(tmp_path):
     with pytest.raises(ValueError, match="damaged or incomplete"):
         zerolite.load_pretrained(model, path)
     path.write_bytes(b"PK\x03\x04 a zip file")
-    with pytest.raises(ValueError, match="expected a safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a safetensors file, got what torch\.save writes: save its tensors with"):
         zerolite.load_pretrained(model, path)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"expected a safetensors file, got a header of \d+ bytes in a file of 14"):
+        zerolite.load_pretrained(model, path)
+    with pytest.raises(FileNotFoundError, match="expected a safetensors file, or a folder of them, got a path where nothing"):
+        zerolite.load_pretrained(model, tmp_path / "elsewhere")
     path.write_bytes(struct.pack("<Q", 4) + b"{{{{")
     with pytest.raises(ValueError, match="no JSON that can be read"):
         zerolite.load_pretrained(model, path)

@@ -25,6 +25,7 @@ from zerolite.hooks import Hooks
 from zerolite.host import affinity, core_share, trim_heap
 from zerolite.host import identity as host_identity
 from zerolite.kernels import set_threads
+from zerolite.meta import began_empty
 from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
 from zerolite.placement import Plan, Setting, Widths, with_rows
@@ -130,6 +131,17 @@ class Built:
             )
         for bucket in self.buckets:
             check_storage(bucket)
+
+    def why_not_finite(self) -> str:
+        """What a warning about gradients adds where a parameter of this rank's range is not finite itself."""
+        for bucket in self.buckets:
+            bucket.wait()
+            for piece in bucket.pieces:
+                if not bool(bucket.mine[piece.offset : piece.offset + piece.stop - piece.start].isfinite().all()):
+                    entry = next(e for e in self.entries if e.bucket is bucket and e.slot == piece.slot)
+                    empty = began_empty(entry.param) and ", since meta_init(init=False): call load_pretrained()"
+                    return f" Parameter '{entry.name}' is not finite either{empty or ''}."
+        return ""
 
     def add_group(self, group: dict[str, Any], number: int) -> list[Entry]:
         """Entries for the parameters of a new param group."""

@@ -126,7 +126,7 @@ def _plan(args: argparse.Namespace) -> int:
         step_in_backward=args.step_in_backward,
         gradients=args.gradients,
         device_bytes=limits.device,
-        batch=None if args.batch is None else _tokens(args.batch),
+        batch=None if args.batch is None else _tokens(args.batch, model),
     )
     found = rates()
     ways = choices(True, device, whole=False, in_backward=args.step_in_backward)
@@ -142,12 +142,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if best is not None else 1
 
 
-def _tokens(text: str) -> dict[str, torch.Tensor]:
+def _tokens(text: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     try:
         rows, length = (int(part) for part in text.lower().split("x"))
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
     except (ValueError, RuntimeError):
         raise ValueError(f"--batch: expected rows x length such as 4x1024, got {text!r}") from None
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        raise ValueError(f"--batch: expected a length of at most {most}, the config's max_position_embeddings, got {text!r}")
     return {"input_ids": ids, "labels": ids}
 
 

@@ -211,10 +211,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._early.skip()
         self.skipped_steps += 1
         if self.skipped_steps == 1:
-            warnings.warn(
-                "zerolite: a gradient is not finite; this step changed nothing on any rank (see optimizer.skipped_steps).",
-                stacklevel=4,
-            )
+            text = "zerolite: a gradient is not finite; this step changed nothing on any rank (see optimizer.skipped_steps)."
+            warnings.warn(text + self._parts.why_not_finite(), stacklevel=4)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, as torch.optim.Optimizer.zero_grad."""

@@ -122,6 +122,8 @@ def _files(path: Any) -> Sequence[Path]:
     if not isinstance(path, (str, os.PathLike)):
         return [file for part in path for file in _files(part)]
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a safetensors file, or a folder of them, got a path where nothing is.")
     if not path.is_dir():
         return [path]
     index = path / INDEX
@@ -171,7 +173,9 @@ def _header(path: Path) -> dict[str, Stored]:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"{path}: expected a safetensors file, got a header of {length} bytes in a file of {size}.")
+            kind = "what torch.save writes: save its tensors with safetensors.torch.save_file(tensors, path)"
+            what = kind if head[:2] == b"PK" else f"a header of {length} bytes in a file of {size}"
+            raise ValueError(f"{path}: expected a safetensors file, got {what}.")
         entries = _parsed(path, file.read(length), "a header")
     entries.pop("__metadata__", None)
     found, ranges = {}, []

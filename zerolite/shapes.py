@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import re
@@ -113,13 +114,17 @@ def model_of(source: Any) -> tuple[nn.Module, str]:
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is not None and path.exists():
         path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"model: expected a folder with a transformers config.json in it, got {str(source)!r} without one")
         return from_config(_config(json.loads(path.read_text()), str(path))), str(path)
     try:
         count = parse_count(source)
     except ValueError:
+        near = difflib.get_close_matches(str(source), NAMES, 1)
+        meant = f". Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"model: expected an nn.Module, a transformers config, the path of a config.json, a count such as 7e9, or one of "
-            f"{', '.join(NAMES)}, got {source!r}"
+            f"{', '.join(NAMES)}, got {source!r}{meant}"
         ) from None
     return Counted(count), f"{count:,} parameters, in the proportions of a transformer (a config gives exact units)"
 
@@ -172,6 +177,11 @@ def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
     batch  a tensor, a sequence of arguments or a mapping of keyword arguments; values do not matter. It runs on a copy on the
     meta device, where attention may take another kernel than on a GPU. Raises ValueError for a model that cannot run there.
     """
+    if not _leaves(batch):
+        raise ValueError(
+            f"batch: expected tensors that the model's forward takes, got {batch!r:.80}. Of a shape: "
+            "torch.empty(4, 1024, dtype=torch.int64, device='meta')."
+        )
     memo: dict[int, Any] = {}
     for p in model.parameters():
         own = dtype if dtype is not None and p.dtype == torch.float32 else p.dtype
@@ -194,10 +204,10 @@ def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
                 result = ghost(**batch)
             else:
                 result = ghost(*batch) if isinstance(batch, (tuple, list)) else ghost(batch)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except Exception as error:  # of whatever class a forward raises
         raise ValueError(
-            f"batch: expected {type(model).__name__} to run on the meta device, got {type(error).__name__}: "
-            f"{str(error).splitlines()[0][:160]}. Plan without a batch and add what you measured."
+            f"batch: expected {type(model).__name__} to run on the meta device, got {_first_line(error)}. Plan without a batch "
+            "and add what you measured."
         ) from error
     del result
     return sum(t.untyped_storage().nbytes() for t in saved.values())

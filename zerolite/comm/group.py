@@ -333,8 +333,14 @@ def _bytes(t: Tensor) -> int:
 
 def make_comm(process_group: Any) -> Comm:
     """The communication of a group: the given one, the default one, or a world of one."""
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup) and hasattr(process_group, "exchange"):
-        return process_group  # a Comm of its own (tests)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        if hasattr(process_group, "exchange"):
+            return process_group  # a Comm of its own (tests)
+        if process_group != dist.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError(
+                "process_group: expected a torch.distributed process group, as new_group() returns it, or None, got "
+                f"{process_group!r:.80}"
+            )
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size(process_group)
         if size < 0:
