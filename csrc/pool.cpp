@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -57,11 +58,8 @@ void run_part(const std::function<void(int, int)>& body, int part, int parts) {
 
 class Pool {
  public:
+  bool here() const { return pid_ == getpid(); }
   void run(int parts, const std::function<void(int, int)>& body) {
-    if (pid_ != getpid()) {  // forked: workers and perhaps a held lock stayed in the parent (data loader workers)
-      for (int part = 0; part < parts; ++part) run_part(body, part, parts);
-      return;
-    }
     std::unique_lock<std::mutex> turn(turn_);
     grow(parts - 1);
     {
@@ -120,12 +118,23 @@ class Pool {
   const std::function<void(int, int)>* body_ = nullptr;
   int parts_ = 0, next_ = 0, left_ = 0;
   int workers_ = 0;
-  pid_t pid_ = getpid();
+  const pid_t pid_ = getpid();
 };
 
+// This process's pool. Never destroyed: workers may outlive static destructors, and of a fork they and perhaps a held lock
+// stayed in the parent (data loader workers), so a child begins with a new one.
 Pool& pool() {
-  static Pool* instance = new Pool;  // never destroyed: workers may outlive static destructors
-  return *instance;
+  static std::atomic<Pool*> instance{new Pool};
+  Pool* known = instance.load();
+  if (!known->here()) {
+    Pool* const fresh = new Pool;
+    if (!instance.compare_exchange_strong(known, fresh)) {
+      delete fresh;  // another thread was faster: `known` is its pool
+    } else {
+      known = fresh;
+    }
+  }
+  return *known;
 }
 
 int limit = 1;

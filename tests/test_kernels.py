@@ -596,7 +596,8 @@ def test_a_fork_after_the_threads_have_started():
         "import os, torch; from zerolite import kernels; torch.set_num_threads(1); kernels.set_threads(2)\n"
         "n = 1 << 18; out = torch.zeros(n); src = [torch.ones(n)]; kernels.reduce_(out, src, 1.0, False)\n"
         "pid = os.fork()\n"
-        "if pid == 0:\n    kernels.reduce_(out, src, 1.0, True); os._exit(7 if float(out.sum()) == 2 * n else 1)\n"
+        "if pid == 0:\n    kernels.reduce_(out, src, 1.0, True)\n"
+        "    os._exit(7 if float(out.sum()) == 2 * n and len(os.listdir('/proc/self/task')) == 2 else 1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert python(code).stdout.strip() == "7"

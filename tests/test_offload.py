@@ -924,3 +924,35 @@ def test_fp32_writes_through_data_in_full_params(device):
     loss_of(model, tokens_for(0, 0, 0)).backward()
     optimizer.step()
     assert (model.norm.weight - 3.0).abs().max() < 0.1
+
+
+def test_another_thread_reads_a_parameter_and_is_held_up(device):
+    """It has waited for one update, and is scheduled again when the next one is under way."""
+    device("1:20")
+    model, optimizer = make(Run(stage=2, offload="states"), LocalComm())
+
+    def step(number):
+        optimizer.zero_grad()
+        loss_of(model, tokens_for(number, 0, 0)).backward()
+        optimizer.step()
+
+    step(0)
+    bucket = optimizer._built.buckets[0]
+    job = optimizer._built.updates.tasks[bucket].job
+    waited, go, wait = threading.Event(), threading.Event(), job.wait
+
+    def held():
+        wait()
+        if threading.current_thread() is reader:
+            waited.set()
+            go.wait()
+
+    job.wait, seen, param = held, [], bucket.entries[0].param
+    reader = threading.Thread(target=lambda: seen.append(param.sum()))
+    reader.start()
+    waited.wait()
+    step(1)
+    assert type(param) is PendingParameter
+    go.set()
+    reader.join()
+    assert bool(seen[0].isfinite()) and bool(param.isfinite().all()) and type(param) is nn.Parameter  # old values are NaN

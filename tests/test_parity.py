@@ -77,6 +77,12 @@ def test_same_bits_for_any_mixture_of_no_sync(pattern):
     assert all(equal(result, results[0]) for result in results)
 
 
+def test_a_norm_beyond_every_float_is_infinite():
+    model, _ = make(Run(), LocalComm())
+    (model.norm.weight * 3e38).sum().backward()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=8.0) == float("inf")
+
+
 @pytest.mark.parametrize("order", [1.0, 3.0, 0.5, float("inf"), 0.0])
 def test_every_norm_is_the_same_at_every_stage(order):
     def norms(comm, stage, bucket_mb):

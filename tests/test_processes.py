@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import logging
@@ -589,6 +590,32 @@ def test_ranks_that_cannot_share_use_the_process_group_and_say_so_once(what, mis
     for rank, (losses, seen) in enumerate(on_processes(2, refused, what, missing)):
         assert losses == plain[rank][0]["losses"]
         assert len(seen) == (1 if rank == 0 else 0) and all(f"cannot share memory ({why})" in text for text in seen)
+
+
+def locked(rank):
+    """Under mlockall() a private mapping is copied as it is made: it would show zeros for ever."""
+    if ctypes.CDLL(None).mlockall(2) != 0:  # MCL_FUTURE
+        return None
+    return train(None, rank, Run(stage=2, steps=2))["losses"]
+
+
+def test_ranks_under_mlockall_use_the_process_group():
+    found = on_processes(2, locked)
+    if None in found:
+        pytest.skip("mlockall() is not allowed here")
+    assert found == [rows[0]["losses"] for rows in on_processes(2, train_processes, [Run(stage=2, steps=2)], env=GROUP)]
+
+
+def wishes(rank, name, value):
+    if rank == 1:
+        os.environ[name] = value
+    with pytest.raises(ValueError, match=f"{name}: expected the same on every rank, got .*'{value}'"):
+        make(Run(stage=2), None)
+
+
+@pytest.mark.parametrize("name,value", [("ZEROLITE_SHARED", "0"), ("ZEROLITE_CONNECT", "group")])
+def test_ranks_that_are_to_reach_each_other_in_different_ways(name, value):
+    on_processes(2, wishes, name, value)
 
 
 def shared_bytes(rank):

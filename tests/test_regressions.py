@@ -1244,3 +1244,14 @@ def test_what_is_made_in_inference_mode_is_trained_outside(stage, kind):
     with optimizer.full_params():
         assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert all(entry.steps >= 2 for bucket in optimizer._trained for entry in bucket.entries)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_buffers_that_an_evaluation_made_in_inference_mode(stage):
+    model = nn.Linear(4, 4)
+    with torch.inference_mode():
+        model.register_buffer("cache", torch.ones(3))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert model.cache.tolist() == [1.0] * 3 and model.cache.is_inference()

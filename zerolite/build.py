@@ -40,6 +40,9 @@ from zerolite.writes import check_storage
 #: What a model was built into, for load_pretrained(). Neither side keeps the other alive.
 BUILT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Built]] = weakref.WeakKeyDictionary()
 
+#: How ranks reach each other, by environment variables.
+WISHES = {"ZEROLITE_SHARED": "1", "ZEROLITE_CONNECT": "auto"}
+
 
 @dataclass
 class Built:
@@ -177,13 +180,18 @@ def build(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     except Exception as error:  # told to the other ranks, then raised
         problem, description = error, [f"{type(error).__name__}: {error}"]
     shared = comm.share((problem is not None, description), "set-up comparison")
-    found = comm.share((*host_identity(), affinity()), "set-up hosts")
+    wishes = {name: os.environ.get(name, default) for name, default in WISHES.items()}
+    told = comm.share((*host_identity(), affinity(), wishes), "set-up hosts")
+    found = [row[:3] for row in told]
     hosts = [(host, process) for host, process, _ in found]
     _share_cores(found)
     if problem is not None:
         raise problem
     assert checked is not None
     compare(shared, comm)
+    for name in WISHES:
+        if len({row[3][name] for row in told}) > 1:  # what they call together depends on it
+            raise ValueError(f"{name}: expected the same on every rank, got {[row[3][name] for row in told]}")
     here = sum(host == host_identity()[0] for host, _ in hosts)
     joined = comm
     if not checked.link.separate:

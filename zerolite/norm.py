@@ -129,4 +129,7 @@ def _value(row: list[int]) -> float:
         return math.inf
     total = sum(limb << (32 * k) for k, limb in enumerate(row[:-1]))
     drop = max(total.bit_length() - 128, 0)  # int to float rounds correctly; 128 bits keep ldexp in range
-    return math.ldexp(float(total >> drop), drop - 1126) if total else 0.0
+    try:
+        return math.ldexp(float(total >> drop), drop - 1126)
+    except OverflowError:
+        return math.inf

@@ -78,7 +78,8 @@ def load_pretrained(
             covered = {entry.param for bucket in buckets for entry in bucket.entries}
             whole = [(t, s) for t, s in [*wanted.params.items(), *wanted.buffers.items()] if t not in covered]
             for tensor, stored in whole:
-                tensor.copy_(stored.read(0, stored.numel).view(stored.shape))
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(stored.read(0, stored.numel).view(stored.shape))
         except Exception as error:
             problem = error
         together(built.comm, "set-up pretrained values", problem, None, _DOING, _DIFFER)

@@ -179,6 +179,7 @@ class Apart:
         self.poison = debug("poison")
         self.here = AtOnce()
         self.tasks: dict[Bucket, Task] = {}  # not settled
+        self._settling = threading.RLock()  # any thread may be the first that reads a parameter
         self._lock = threading.Lock()
         self._waiting: deque[Task] = deque()
         self._order: deque[Task] = deque()  # to be published
@@ -199,8 +200,9 @@ class Apart:
         if self.poison:
             _poison(bucket)
         task = Task(bucket, work, self.link.now(), Job(self.failure, os.getpid()))
-        self.tasks[bucket] = task
-        bucket.settle = functools.partial(self._settle, bucket)
+        with self._settling:
+            self.tasks[bucket] = task
+            bucket.settle = functools.partial(self._settle, bucket)
         with self._lock:
             self._waiting.append(task)
             self._order.append(task)
@@ -237,10 +239,13 @@ class Apart:
         assert task.arrived is not None
         task.arrived.wait()  # this thread's work, and the training loop's, where that is on another stream
         task.after.meet(task.arrived)
-        self.tasks.pop(bucket, None)
-        bucket.settle = None
-        if not bucket.plan.params.sharded:
-            unmark(entry.param for entry in bucket.entries)
+        with self._settling:
+            if self.tasks.get(bucket) is not task:
+                return  # another thread was faster, and the next update may be under way
+            if not bucket.plan.params.sharded:
+                unmark(entry.param for entry in bucket.entries)
+            del self.tasks[bucket]
+            bucket.settle = None
 
     def settle(self) -> None:
         for bucket in list(self.tasks):

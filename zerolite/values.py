@@ -236,5 +236,5 @@ def _copy_from_rank_0(tensor: Tensor, what: str, comm: Comm) -> None:
     dense = tensor.detach().contiguous().clone()
     comm.broadcast_(dense.view(-1).view(torch.uint8), what)
     index = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
-    with torch.no_grad():
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # a buffer that an evaluation made
         tensor[index].copy_(dense[index])

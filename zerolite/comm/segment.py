@@ -93,6 +93,17 @@ class Segment:
         assert self.private is not None
         _advise(self.private.data_ptr(), self.size, mmap.MADV_DONTNEED)
 
+    def check(self) -> None:
+        """Raises OSError where the private mapping does not do what it is for: under mlockall() all of it is copied at once."""
+        assert self.private is not None
+        self.shared[0] = 1
+        fresh = not self.dirty() and int(self.private[0]) == 1
+        self.private[0] = 2
+        written = self.dirty() and int(self.shared[0]) == 1
+        self.refresh()
+        if not (fresh and written and int(self.private[0]) == 1 and not self.dirty()):
+            raise OSError("a private mapping of a shared file is copied before it is written to, as mlockall() makes it")
+
     def free(self, start: int, stop: int) -> None:
         """Gives the memory of whole pages inside [start, stop) back; they read as zero again."""
         start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE

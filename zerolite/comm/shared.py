@@ -251,7 +251,7 @@ def share_host(comm: Comm, hosts: list[tuple[str, int]]) -> Comm:
 
     def make() -> Comm:
         made = SharedComm(comm, names)
-        Segment(PAGE, made.place, made.share_here, private=True).dirty()
+        Segment(PAGE, made.place, made.share_here, private=True).check()
         return made
 
     return if_shared(comm, make)
