@@ -396,7 +396,7 @@ def test_the_warning_names_a_parameter_that_is_not_finite_itself(stage):
     with pytest.warns(UserWarning, match=r"Parameter '.*' is not finite either, since meta_init\(init=False\): call load_pre"):
         optimizer.step()
     model, optimizer = make(Run(stage=stage), LocalComm())
-    with torch.no_grad():
+    with optimizer.full_params():
         model.norm.weight[1] = torch.inf
     loss_of(model, tokens_for(0, 0, 0)).backward()
     with pytest.warns(UserWarning, match=r"Parameter 'norm\.weight' is not finite either\.$"):

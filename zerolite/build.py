@@ -63,6 +63,7 @@ class Built:
     staging: Staging | None  # of states in another memory than the device's
     here: int  # ranks on this host
     inside: bool = False  # of full_params()
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self._homes: list[tuple[dict[str, Any], list[str], list[Entry], list[nn.Parameter]]] = []  # a row for each module
@@ -116,9 +117,23 @@ class Built:
             if self.schedule is not None:
                 self.schedule.hold()
         self.updates.close()
+        self.closed = True
         self.hooks.remove()
         for entry in self.entries:
             TRAINED.pop(entry.param, None)
+
+    def check_open(self) -> None:
+        """Raises RuntimeError after remove_hooks()."""
+        if self.closed:
+            raise RuntimeError(
+                "expected a ZeroOptimizer that is connected with its parameters, got one after remove_hooks(). Build a new one."
+            )
+
+    def settled(self) -> Built:
+        """Itself, when every update under way is done."""
+        self.check_open()
+        self.updates.settle()
+        return self
 
     def check_replaced(self) -> None:
         """Raises RuntimeError where the model or a parameter no longer uses the memory that is updated."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -59,16 +59,17 @@ class Saved:
 
 @torch.inference_mode(False)  # states that are made here are updated outside of it
 def load(
-    state_dict: dict[str, Any],
+    given: Callable[[], dict[str, Any]],
     groups: Sequence[dict[str, Any]],
     entries: Sequence[Entry],
     trained: Callable[[], Sequence[Bucket]],
     rule: Rule,
     comm: Comm,
     adopt: Callable[[list[Entry]], None],
-) -> None:
-    """Replaces optimizer states by a part of this rank or the whole (a collective). Parameters that are frozen now but were
-    trained get theirs. Checks everything on every rank before any writes.
+) -> list[dict[str, Any]]:
+    """Replaces optimizer states by a part of this rank or the whole (a collective), which `given` returns or finds bad; returns
+    its param groups. Parameters that are frozen now but were trained get theirs. Checks everything on every rank before any
+    writes.
 
     Raises ValueError where groups, shapes, ranks or pieces differ, RuntimeError where another rank's do.
     """
@@ -76,7 +77,7 @@ def load(
     problem: Exception | None = None
     late: list[list[Entry]] = []
     try:
-        saved = _read(state_dict, groups, rule)
+        saved = _read_any(given(), groups, rule)
         _check(saved, groups, trained(), comm)
         late = saved.late(entries, groups)
     except Exception as error:  # whatever it is: the other ranks wait to be told
@@ -92,6 +93,21 @@ def load(
             problem = error
         _agree(comm, problem, saved, late)
     _write(saved, groups, trained())
+    return saved.groups
+
+
+def hooked(optimizer: torch.optim.Optimizer, state_dict: Any) -> dict[str, Any]:
+    """A copy, as the hooks that run before loading leave it. Raises TypeError for what is no dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_state_dict: expected a dict, as state_dict() gives it, got {type(state_dict).__name__}. Read the file on "
+            "every rank."
+        )
+    state_dict = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        result = hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    return state_dict
 
 
 def _agree(comm: Comm, problem: Exception | None, saved: Saved | None, late: list[list[Entry]]) -> None:
@@ -105,6 +121,16 @@ def _agree(comm: Comm, problem: Exception | None, saved: Saved | None, late: lis
         "load_state_dict: expected the same steps and param groups on every rank, got others on rank {rank} than on rank 0. "
         "Load what the same step saved.",
     )
+
+
+def _read_any(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Rule) -> Saved:
+    try:
+        return _read(state_dict, groups, rule)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            "load_state_dict: expected a state dict as state_dict() gives it, got one that is damaged or of something else "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def _read(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Rule) -> Saved:

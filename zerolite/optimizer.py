@@ -27,6 +27,7 @@ from zerolite.memory import Memory, measure
 from zerolite.placement import Plan
 from zerolite.planner import DEFAULT_BUCKET_MB
 from zerolite.shown import Shown
+from zerolite.update import comparable
 from zerolite.whole import full_params, kept_writes
 from zerolite.writes import targets
 
@@ -110,10 +111,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
         me = weakref.ref(self)
+        built.reducer.options = lambda: comparable(getattr(me(), "param_groups", ()))
         self._early = early_of(built, lambda: me()._check(), lambda: getattr(me(), "param_groups", None))  # type: ignore[union-attr]
         if optimizer.state:
             try:
-                self._load(optimizer.state_dict())
+                self._load(optimizer.state_dict)
             except Exception:
                 built.close()
                 raise
@@ -225,6 +227,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales gradients so that their total norm is at most `max_norm`; returns the norm (fp32, a collective)."""
+        self._parts.check_open()
         params = [p for group in self.param_groups for p in group["params"]]
         total = self._parts.grads.clip(params, max_norm, float(norm_type))
         return nn.utils.clip_grad_norm_(params, max_norm, norm_type) if total is None else total
@@ -325,12 +328,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         A collective. Load the model first. Raises on every rank, before anything is written, where groups, shapes, pieces or
         ranks differ; RuntimeError inside full_params().
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        self._load(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        groups = self._load(lambda: loading.hooked(self, state_dict))
+        for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({name: copy.deepcopy(value) for name, value in saved.items() if name != "params"})
         # what a class fixes (AdamW's decoupled decay), and defaults of options that are newer than the checkpoint
         self._inner.__setstate__({"state": defaultdict(dict), "param_groups": self.param_groups})
@@ -338,13 +337,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
+    def _load(self, given: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
         built = self._settled
         if self._early is not None:
             self._early.refuse("load_state_dict()")
         if built.inside:
             raise RuntimeError("load_state_dict: expected to be called outside of full_params(), got called inside.")
-        loading.load(state_dict, self.param_groups, built.entries, lambda: self._trained, built.rule, built.comm, self._adopt)
+        trained = lambda: self._trained  # noqa: E731
+        return loading.load(given, self.param_groups, built.entries, trained, built.rule, built.comm, self._adopt)
 
     # ---- parameters that come later
 
@@ -378,8 +378,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def _settled(self) -> Built:
         """The parts, when every update under way is done."""
-        self._parts.updates.settle()
-        return self._parts
+        return self._parts.settled()
 
     @property
     def _trained(self) -> list[Bucket]:

@@ -94,7 +94,7 @@ def built_of(model: nn.Module, caller: str, instead: str) -> tuple[nn.Module, Bu
     for known in (model, getattr(model, "_orig_mod", model)):
         reference = BUILT.get(known)
         built = reference() if reference is not None else None
-        if built is not None:
+        if built is not None and not built.closed:
             return known, built
     raise ValueError(
         f"{caller}: expected the model that a ZeroOptimizer was built with, got another one. Build "

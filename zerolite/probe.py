@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
             f"{name}: its step writes {changed} to the param group once a step, and zerolite runs one step a bucket. "
             "Use an optimizer that keeps its state in `state`."
         )
+    _check_state(name, twin, set(twin.state) - {twin.param_groups[0]["params"][0]})
     states = [(key, value) for state in twin.state.values() for key, value in state.items() if isinstance(value, Tensor)]
     for key, value in states:
         if value.dim() > 0 and value.shape != start.shape:
@@ -87,6 +89,28 @@ def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int
                 f"'{key}' of shape {tuple(value.shape)}, which cannot be cut with the parameter."
             )
     return sum(value.numel() * value.element_size() for _, value in states if value.dim() > 0) // start.numel()
+
+
+def _check_state(name: str, optimizer: torch.optim.Optimizer, others: set[Any]) -> None:
+    """Raises NotImplementedError for states that could not be cut, saved and loaded: of no parameter, in a container."""
+    if others:
+        raise NotImplementedError(
+            f"{name}: expected states of parameters, got one of {next(iter(others))!r}, which belongs to all of them, and "
+            "zerolite runs one step a bucket. Keep it for each parameter (state[p]['step'])."
+        )
+    for values in optimizer.state.values():
+        for key, value in values.items():
+            if not isinstance(value, Tensor) and _holds_tensors(value):
+                raise NotImplementedError(
+                    f"{name}: expected states that are tensors or numbers, got '{key}', a {type(value).__name__} of tensors, "
+                    "which cannot be cut with the parameter. Keep each under a key of its own."
+                )
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple, set, deque)) and any(map(_holds_tensors, value)))
 
 
 def _initial_state(known: list[tuple[Tensor, dict[str, Any]]], part: Tensor) -> dict[str, Any]:

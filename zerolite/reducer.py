@@ -7,6 +7,8 @@ what a rank lacks counts as 0.
 
 from __future__ import annotations
 
+import functools
+import weakref
 import zlib
 from collections.abc import Callable
 
@@ -22,6 +24,10 @@ from zerolite.kernels import exceeds_
 from zerolite.placement import Plan
 
 _task = torch._C._current_graph_task_id
+
+
+def _nothing() -> None:
+    return None
 
 
 class History:
@@ -45,7 +51,6 @@ class Reducer:
     large: list[bool]  # which of them are averaged before the next one is packed
     suspect: Tensor  # int64 [1]: see Gradients.suspect
     sync: bool  # False inside no_sync()
-    active: bool  # a backward is under way
     task: int  # the last one's number
     open: bool  # a synchronised backward left something that has not gone out
     local: bool  # a backward under no_sync() did
@@ -57,6 +62,7 @@ class Reducer:
     take: Callable[[Bucket], None]  # takes in what has gone out of a bucket: averages it
     tell: Callable[[], list[bool]]  # what else ranks tell each other after a backward (step_in_backward): see Early.tell
     told: list[bool]  # what any rank has told
+    options: Callable[[], list[list[tuple[str, object]]]]  # of the param groups, as far as ranks can compare them
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
@@ -73,6 +79,7 @@ class Reducer:
         self.take = lambda bucket: grads_of(bucket).finish()
         self.tell = lambda: []
         self.told = []
+        self.options = list
         self.at_start = []
         self.at_end = []
         self.reset()
@@ -81,7 +88,8 @@ class Reducer:
         """Forgets every gradient and any backward that was under way."""
         for bucket in self.order:
             grads_of(bucket).clear()
-        self.active = self.open = self.local = False
+        self._under_way: Callable[[], object] = _nothing  # what autograd calls at the end of the backward, while it does
+        self.open = self.local = False
         self.next = 0
         self.finished = set()
         self.version += 1
@@ -100,6 +108,11 @@ class Reducer:
 
     # ---- backward
 
+    @property
+    def active(self) -> bool:
+        """Whether a backward is under way. One that fails takes its callback with it, and nobody tells."""
+        return self._under_way() is not None
+
     def enter(self) -> None:
         """A backward is under way: what an earlier one left goes out first, and `leave` follows at its end."""
         if self.active:
@@ -114,12 +127,13 @@ class Reducer:
             self._widen()
         for bucket in self.order:
             grads_of(bucket).expect(bucket.params)
-        self.active = True
+        leave = functools.partial(self.leave)  # of this backward alone
+        self._under_way = weakref.ref(leave)
         self.task = _task()
         self.next = 0
         self.finished = set()
         self.comm.ledger.note("backward", "begin")
-        torch.autograd.Variable._execution_engine.queue_callback(self.leave)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(leave)  # type: ignore[attr-defined]
 
     def collect(self, entry: Entry, grad: Tensor) -> None:
         """Takes one parameter's gradient from autograd."""
@@ -194,7 +208,7 @@ class Reducer:
             self.open = False
         for bucket in self.order:
             grads_of(bucket).close()
-        self.active = False
+        self._under_way = _nothing
         self.next = 0
         for call in self.at_end:
             call()
@@ -245,9 +259,12 @@ class Reducer:
         again = [grads_of(bucket).again for bucket in self.order]
         self.told = self.tell()
         mine = [*present, *late, *again, *self.told]
-        mark = zlib.crc32(bytes(mine))
-        marks = torch.tensor([mark, -mark])
+        mark, options = zlib.crc32(bytes(mine)), self.options() if self.plan.step_in_backward else []
+        second = _checksum(options)
+        marks = torch.tensor([mark, -mark, second, -second])
         self.comm.max_(marks, what)
+        if int(marks[2]) != -int(marks[3]):
+            self._refuse_options(options, "This backward has updated parameters with them (step_in_backward=True).")
         if int(marks[0]) != -int(marks[1]):
             flags = self._union(mine, f"{what} presence")
             first, second = len(present), len(present) + len(late)
@@ -298,7 +315,8 @@ class Reducer:
         for bucket in self.order:
             grads_of(bucket).look()
         values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
-        values += [sign * mark for mark in marks for sign in (1, -1)]
+        options = self.options()
+        values += [sign * mark for mark in (*marks, _checksum(options)) for sign in (1, -1)]
         agreed = torch.tensor(values)
         self.comm.max_(agreed, "step agreement")
         if int(agreed[0]) != -int(agreed[1]):
@@ -322,9 +340,22 @@ class Reducer:
                 "the same parameters on every rank, at the same moment; after no_sync() alone a rank has no p.grad of what "
                 "only others use: run the last backward before clipping without it. No state was changed."
             )
+        if int(agreed[13]) != -int(agreed[14]):
+            self._refuse_options(options, "No state was changed.")
         self.suspect.fill_(agreed[2])
         self.open, self.local = bool(agreed[3]), bool(agreed[4])
         return present if int(agreed[9]) == -int(agreed[10]) else self._union(present, "step presence")
+
+    def _refuse_options(self, options: list[list[tuple[str, object]]], what: str) -> None:
+        """Raises ValueError with the first option of a param group that ranks have different values of."""
+        found = self.comm.share(options, "step options")
+        rows = [{(k, name): repr(value) for k, group in enumerate(each) for name, value in group} for each in found]
+        which, name = next(at for row in rows for at in row if any(other.get(at) != row[at] for other in rows))
+        got = [row.get((which, name), "none") for row in rows]
+        raise ValueError(
+            f"param group {which}: expected the same '{name}' on every rank, got {', '.join(got[:8])} on ranks 0, 1, ... A "
+            f"scheduler that looks at a loss has to be told the same one everywhere. {what}"
+        )
 
     def finite(self) -> bool:
         """Whether every averaged gradient is finite on every rank; exact where a large value was seen, else free."""
@@ -348,6 +379,10 @@ class Reducer:
             self.flush()
         for bucket in buckets if self.open else []:
             grads_of(bucket).start()
+
+
+def _checksum(options: list[list[tuple[str, object]]]) -> int:
+    return zlib.crc32(repr(options).encode())
 
 
 def grads_of(bucket: Bucket | None) -> Gradients:

@@ -199,7 +199,8 @@ def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
     batch = _to_meta(batch)
     ours |= {t.untyped_storage()._cdata for t in _leaves(batch)}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        grad = torch.inference_mode(False), torch.enable_grad()  # whatever the caller is in
+        with grad[0], grad[1], torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             if isinstance(batch, Mapping):
                 result = ghost(**batch)
             else:

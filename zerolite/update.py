@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -326,3 +326,21 @@ class _single_thread:
 
 def _part(piece: Piece) -> slice:
     return slice(piece.offset, piece.offset + piece.stop - piece.start)
+
+
+def comparable(groups: Iterable[dict[str, Any]]) -> list[list[tuple[str, object]]]:
+    """Options of param groups that are numbers or texts, for ranks to compare; not what schedulers leave there."""
+    return [
+        [(k, _plain(group[k])) for k in sorted(group) if k not in ("params", "param_names", "initial_lr")] for group in groups
+    ]
+
+
+def _plain(value: Any) -> object:
+    """Numbers as floats and sequences as tuples, whatever their type; of other objects the type."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value if value is None or isinstance(value, str) else type(value).__name__
