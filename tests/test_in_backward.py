@@ -406,6 +406,17 @@ def test_it_is_one_of_the_options_that_ranks_compare():
     assert on_threads(2, body) == [True, True]
 
 
+def test_a_backward_that_failed_is_told_whatever_cleared_it():
+    model, optimizer = make(early(bucket_mb=1e-6), LocalComm(), seeded(lambda: Net(tied=False)))
+    handle = model.blocks[0].up.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(model, optimizer)
+    handle.remove()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"after one that failed.*Load a checkpoint"):
+        backward(model, optimizer, 1)
+
+
 def test_a_backward_that_fails_leaves_no_step_behind_it():
     model, optimizer = make(early(bucket_mb=1e-6), LocalComm(), seeded(lambda: Net(tied=False)))
     handle = model.blocks[0].up.weight.register_hook(lambda grad: 1 / 0)

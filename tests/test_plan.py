@@ -341,6 +341,10 @@ def test_activations_are_those_that_autograd_saves():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = model(batch)
     plan = zerolite.plan(model, stage=0, batch=batch)
+    with torch.no_grad():
+        assert zerolite.plan(model, stage=0, batch=batch).setting == plan.setting
+    with torch.inference_mode():
+        assert zerolite.plan(model, stage=0, batch=batch.clone()).setting == plan.setting
     assert plan.setting.activations == sum(t.untyped_storage().nbytes() for t in saved.values()) > 0
     assert output.shape and plan.bytes_peak["host"] >= plan.setting.activations + sum(plan.bytes_at_rest.values())
     assert zerolite.plan(meta(lambda: Net(tied=False)), stage=0, batch=(batch,)).setting == plan.setting

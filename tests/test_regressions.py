@@ -1255,3 +1255,168 @@ def test_buffers_that_an_evaluation_made_in_inference_mode(stage):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert model.cache.tolist() == [1.0] * 3 and model.cache.is_inference()
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_states_inside_of_a_container_are_refused(kind):
+    class Several(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                zeros = [torch.zeros_like(p), torch.zeros_like(p)]
+                kept = self.state[p].setdefault("averages", zeros if kind is list else dict(enumerate(zeros)))
+                for k in range(2):
+                    p.sub_(kept[k].mul_(0.5 + k / 4).add_(p.grad), alpha=1e-2)
+
+    model = nn.Linear(4, 4)
+    with pytest.raises(
+        NotImplementedError, match=rf"Several: .* got 'averages', a {kind.__name__} of tensors, which cannot be cut"
+    ):
+        zerolite.ZeroOptimizer(Several(model.parameters()), model)
+
+
+def test_states_of_no_parameter_are_refused():
+    class Decaying(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            steps = self.state["all"]["steps"] = self.state["all"].get("steps", 0) + 1
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad * 1e-2 / steps)
+
+    model = nn.Linear(4, 4)
+    with pytest.raises(
+        NotImplementedError, match=r"Decaying: expected states of parameters, got one of 'all', which belongs to"
+    ):
+        zerolite.ZeroOptimizer(Decaying(model.parameters()), model)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("no memory left")
+
+
+class Branches(nn.Module):
+    """A part that only some ranks use, between others; `fail` ends the backward in the middle of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.extra, self.last = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 2)
+
+    def forward(self, x, extra, fail):
+        x = self.first(x).tanh()
+        x = Failing.apply(x) if fail else x
+        return self.last(x + self.extra(x) if extra else x)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_backward_that_failed_is_over(stage, micro):
+    """A loop that skips the batch and clears gradients through the model."""
+
+    def body(comm, stage, by_model):
+        model = seeded(Branches)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = zerolite.ZeroOptimizer(inner, model, stage=stage, bucket_mb=1e-4, process_group=comm)
+        for step in range(3):
+            for k in range(micro):
+                x = torch.randn(4, 6, generator=torch.Generator().manual_seed(100 * step + 10 * k + comm.rank))
+                loss = model(x, extra=comm.rank == 0 and step > 0, fail=step == 0).square().mean()
+                if step == 0:
+                    with pytest.raises(ValueError, match="no memory left"):
+                        loss.backward()
+                    (model if by_model else optimizer).zero_grad()
+                    continue
+                loss.backward()
+            if step > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        with optimizer.full_params():
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+    expected = on_threads(2, body, 0, False)
+    assert equal(expected[0], expected[1])
+    assert equal(on_threads(2, body, stage, True), expected)
+
+
+@pytest.mark.parametrize("stage,more", [(0, {}), (1, {}), (3, {}), (3, {"step_in_backward": True})])
+def test_ranks_with_different_learning_rates_are_refused(stage, more):
+    def body(comm):
+        model = seeded(Net)
+        groups = [{"params": list(model.blocks.parameters())}, {"params": [model.embed.weight], "lr": torch.tensor(0.5)}]
+        optimizer = (
+            zerolite.ZeroOptimizer(
+                torch.optim.AdamW(groups, lr=1e-2), None if stage < 3 else model, stage=stage, process_group=comm, **more
+            )
+            if stage < 3
+            else zerolite.ZeroOptimizer(
+                torch.optim.AdamW(model.parameters(), lr=1e-2), model, stage=stage, process_group=comm, **more
+            )
+        )
+        group = optimizer.param_groups[-1]
+
+        def step(number):
+            loss_of(model, tokens_for(number, 0, comm.rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        group["initial_lr"] = comm.rank  # what only some look at
+        step(0)
+        before = group["lr"]
+        group["lr"] = before * (1 + comm.rank)
+        with pytest.raises(
+            ValueError, match=rf"param group {len(optimizer.param_groups) - 1}: expected the same 'lr' on every rank"
+        ):
+            step(1)
+        return True
+
+    assert all(on_threads(2, body))
+
+
+def test_a_state_dict_that_only_one_rank_has():
+    def body(comm):
+        model, optimizer = make(Run(), comm)
+        loss_of(model, tokens_for(0, 0, comm.rank)).backward()
+        optimizer.step()
+        saved = optimizer.state_dict()
+        wanted = (
+            (TypeError, "expected a dict, as state_dict\\(\\) gives it, got NoneType")
+            if comm.rank
+            else (zerolite.RankError, "rank 1")
+        )
+        with pytest.raises(wanted[0], match=wanted[1]):
+            optimizer.load_state_dict(None if comm.rank else saved)
+        for damage in ({"zerolite": {}}, {"param_groups": [{"lr": 1.0}]}, {"zerolite": "x"}, {"state": None}):
+            with pytest.raises((ValueError, zerolite.RankError), match="damaged or of something else"):
+                optimizer.load_state_dict({**saved, **damage})
+        optimizer.load_state_dict(saved)
+        return True
+
+    assert all(on_threads(2, body))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_after_remove_hooks_is_refused(stage, tmp_path):
+    model, optimizer = make(Run(stage=stage), LocalComm())
+    optimizer.remove_hooks()
+    optimizer.remove_hooks()
+    loss_of(model, tokens_for(0, 0, 0)).backward()
+    saved = torch.optim.AdamW(model.parameters()).state_dict()
+    calls = [optimizer.step, optimizer.full_grads, optimizer.full_state, lambda: optimizer.clip_grad_norm_(1.0)]
+    calls += [lambda: optimizer.load_state_dict(saved), optimizer.full_params().__enter__, optimizer.consolidate_state_dict]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"got one after remove_hooks\(\)\. Build a new one"):
+            call()
+    with pytest.raises(ValueError, match="expected the model that a ZeroOptimizer was built with"):
+        zerolite.save_pretrained(model, tmp_path)

@@ -182,6 +182,11 @@ def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
             f"batch: expected tensors that the model's forward takes, got {batch!r:.80}. Of a shape: "
             "torch.empty(4, 1024, dtype=torch.int64, device='meta')."
         )
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _saved(model, batch, dtype)
+
+
+def _saved(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
     memo: dict[int, Any] = {}
     for p in model.parameters():
         own = dtype if dtype is not None and p.dtype == torch.float32 else p.dtype
@@ -199,8 +204,7 @@ def activations(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> int:
     batch = _to_meta(batch)
     ours |= {t.untyped_storage()._cdata for t in _leaves(batch)}
     try:
-        grad = torch.inference_mode(False), torch.enable_grad()  # whatever the caller is in
-        with grad[0], grad[1], torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             if isinstance(batch, Mapping):
                 result = ghost(**batch)
             else:
