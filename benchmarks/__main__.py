@@ -47,7 +47,8 @@ def main() -> None:
     if command.startswith("-"):
         command = "run"
     elif command not in COMMANDS:
-        raise SystemExit(f"zerolite bench: expected one of list, {', '.join(COMMANDS)}, or options, got {command!r}")
+        print(f"zerolite bench: expected one of list, {', '.join(COMMANDS)}, or options, got {command!r}", file=sys.stderr)
+        raise SystemExit(2)
     else:
         del sys.argv[1:2]
     importlib.import_module(f"benchmarks.{COMMANDS[command]}").main()

@@ -191,9 +191,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     try:
         choose(args.systems, 1, False, False)
-        [int(world) for world in (args.worlds or "1").split(",")]
     except ValueError as error:
         parser.error(str(error))
+    worlds = (args.worlds or "1").split(",")
+    if not all(world.isdigit() and int(world) > 0 for world in worlds) or len(set(worlds)) < len(worlds):
+        parser.error(f"--worlds: expected different numbers of ranks such as 1,2,4, got {args.worlds}")
+    for name, least in (("rounds", 1), ("steps", 1), ("warmup", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name}: expected at least {least}, got {value}")
     return args
 
 

@@ -83,6 +83,23 @@ def test_systems_are_left_out_by_name_with_a_reason(monkeypatch):
         systems.choose("nothing", 2, False, False)
 
 
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--worlds", "0"], "--worlds: expected different numbers of ranks such as 1,2,4, got 0"),
+        (["--worlds", "1,x"], "--worlds: expected"),
+        (["--worlds", "2,2"], "--worlds: expected different numbers"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--steps", "-1"], "--steps: expected at least 1, got -1"),
+        (["--warmup", "-1"], "--warmup: expected at least 0, got -1"),
+    ],
+)
+def test_options_that_nothing_could_run_with(options, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        suite.parse([*options, "--dry-run"])
+    assert words in capsys.readouterr().err
+
+
 def test_a_failing_system_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     tries = []
 

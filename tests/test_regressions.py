@@ -1257,6 +1257,15 @@ def test_buffers_that_an_evaluation_made_in_inference_mode(stage):
     assert model.cache.tolist() == [1.0] * 3 and model.cache.is_inference()
 
 
+def test_frozen_parameters_of_other_dtypes_at_stage_3():
+    model = nn.Linear(4, 4)
+    model.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    trained = [model.weight, model.bias]
+    zerolite.ZeroOptimizer(torch.optim.AdamW(trained), model, stage=2).remove_hooks()
+    with pytest.raises(TypeError, match=r"parameter 'codes': stage 3 shards every .*got torch\.int8\. Register it as a buffer"):
+        zerolite.ZeroOptimizer(torch.optim.AdamW(trained), model, stage=3)
+
+
 @pytest.mark.parametrize("kind", [dict, list])
 def test_states_inside_of_a_container_are_refused(kind):
     class Several(torch.optim.Optimizer):

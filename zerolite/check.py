@@ -18,6 +18,7 @@ from zerolite.meta import Recipes
 from zerolite.options import check_bucket_mb, check_update
 from zerolite.partition import (
     DTYPES,
+    NOT_TRAINED,
     UnitSpec,
     check_compute_dtype,
     check_model,
@@ -126,12 +127,14 @@ def _entries(optimizer: torch.optim.Optimizer, model: nn.Module | None, plan: Pl
                 f"parameter '{names[p]}': expected one that no ZeroOptimizer trains, got one that another trains already. Call "
                 "its remove_hooks() first, on every rank."
             )
+        if p not in groups and p.dtype not in DTYPES:
+            raise TypeError(
+                f"parameter '{names[p]}': stage 3 shards every parameter of the model, expected float32, bfloat16 or float16, "
+                f"got {p.dtype}. Register it as a buffer, or use stage=2."
+            )
         check_parameter(names[p], p, device, model is not None and p in owned)
         if p not in groups and p.requires_grad:
-            raise ValueError(
-                f"parameter '{names[p]}': stage 3 shards every parameter of the model, and this one requires a gradient but is "
-                "not in the optimizer. Add it to a param group or freeze it with requires_grad_(False)."
-            )
+            raise ValueError(NOT_TRAINED.format(name=names[p]))
     _check_memory({p: names[p] for p in (*wanted, *(model.parameters() if model is not None else ()))})
     table = Table()
     return [table.add(names[p], p, groups.get(p)) for p in wanted], device

@@ -194,9 +194,9 @@ def _text(question: Question, what: str, limits: Limits, shown: list[Candidate],
         runs = "" if counted else " (--batch 4x1024 adds them)"
         lines.append(f"Activations are not counted{runs}.")
     if best is None:
-        return "\n".join(
-            [*lines, "", "Nothing fits. More ranks make every row of stage 3 smaller; smaller batches, the activations."]
-        )
+        apart = "more ranks make the device's part of stage 3 smaller, and " if not on_cpu else ""
+        cure = f"Nothing fits: {apart}more hosts (--world, --ranks-per-host) what each of them holds"
+        return "\n".join([*lines, "", f"{cure}; smaller batches, the activations."])
     return "\n".join([*lines, "", *_details(best), "", _line_to_add(best, question.options)])
 
 

@@ -318,8 +318,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on rank `to` (a collective); state_dict() there returns it until the next step."""
         comm = self._settled.comm
-        if not 0 <= to < comm.size:
-            raise ValueError(f"consolidate_state_dict: expected a rank from 0 to {comm.size - 1}, got {to}")
+        if not isinstance(to, int) or not 0 <= to < comm.size:
+            raise ValueError(f"consolidate_state_dict: expected a rank from 0 to {comm.size - 1}, got {to!r}")
         self._whole = checkpoint.whole_state_dict(self.param_groups, self._trained, comm, comm.rank == to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]

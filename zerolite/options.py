@@ -43,7 +43,7 @@ def check_resident(resident: object, offload: object) -> float:
 
 def check_bucket_mb(value: object) -> None:
     """Raises ValueError for what is no size of a bucket."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) * 2**20 < math.inf:
         raise ValueError(f"bucket_mb: expected more than 0, and finite, got {value!r}")
 
 
@@ -70,6 +70,36 @@ def check_in_backward(step_in_backward: object, sharded: bool, stage: object, of
             f"step_in_backward=True: expected offload=None, got offload={offload!r}, with which gradients rest on the host and "
             "the update overlaps with the next forward. Use one of the two."
         )
+
+
+def check_run(world: object, here: object, device: object) -> None:
+    """Raises ValueError for ranks that there cannot be, or a device that is not known.
+
+    here  ranks of a host
+    """
+    for name, value in (("world", world), ("ranks_per_host", here)):
+        _check_whole(name, value)
+    if here > world or world % here:  # type: ignore[operator]
+        raise ValueError(f"ranks_per_host: expected a divisor of world={world}, got {here}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+
+
+def check_loop(step_in_backward: object, micro_batches: object, clip: object) -> None:
+    """Raises ValueError for a training loop that a plan cannot be of."""
+    _check_whole("micro_batches", micro_batches)
+    if step_in_backward is True and micro_batches != 1:
+        raise ValueError(
+            f"micro_batches: expected 1 with step_in_backward=True, where each synchronised backward() is a step, got "
+            f"{micro_batches}. Sum micro-batches under no_sync()."
+        )
+    if not isinstance(clip, bool):
+        raise ValueError(f"clip: expected True or False, got {clip!r}")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 class Keeper:

@@ -155,12 +155,26 @@ def beside(
     return total + sum(b.numel() * b.element_size() for b in (model.buffers() if model is not None else []))
 
 
+NOT_TRAINED = (
+    "parameter '{name}': stage 3 shards every parameter of the model, and this one requires a gradient but is not in the "
+    "optimizer. Add it to a param group or freeze it with requires_grad_(False)."
+)
+
+
 def check_dtype(name: str, p: Tensor) -> None:
     """Raises TypeError for a dtype that is not trained."""
     if p.dtype not in DTYPES:
         raise TypeError(
             f"parameter '{name}': expected float32, bfloat16 or float16, got {p.dtype}. Convert it, or leave it out of the "
             "optimizer's param groups."
+        )
+
+
+def check_shape(name: str, p: Tensor) -> None:
+    """Raises ValueError for a lazy parameter."""
+    if nn.parameter.is_lazy(p):
+        raise ValueError(
+            f"parameter '{name}': expected one with a shape, got a lazy one. Run the model once on a batch before."
         )
 
 
@@ -190,6 +204,7 @@ def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool =
             "already. Use the plain model and let zerolite shard it."
         )
     check_dtype(name, p)
+    check_shape(name, p)
     if p.is_meta and fillable:
         return
     if p.is_meta:
@@ -207,6 +222,21 @@ def check_parameter(name: str, p: Tensor, device: torch.device, fillable: bool =
         )
     if p.layout != torch.strided:
         raise TypeError(f"parameter '{name}': expected a dense tensor, got layout {p.layout}.")
+
+
+def check_trained(model: nn.Module, known: set[nn.Parameter]) -> None:
+    """Raises ValueError for a parameter that requires a gradient and is not `known`, where parameters rest sharded."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and p not in known:
+            raise ValueError(NOT_TRAINED.format(name=name))
+
+
+def check_owner(optimizer: object, owned: set[nn.Parameter]) -> None:
+    """Raises TypeError for what is no optimizer, ValueError for one that has none of these parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer instance or None, got {optimizer!r:.80}")
+    if owned.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("optimizer: expected one of the model's parameters, got one that has none of them.")
 
 
 def check_model(model: nn.Module | None) -> None:

@@ -366,7 +366,7 @@ def make_plan(
         raise ValueError(f"stage: expected 0, 1, 2 or 3, got {stage!r}. Or stage='auto', the fastest that fits.")
     if offload not in OFFLOADS:
         raise ValueError(f"offload: expected None, 'states' or 'all', got {offload!r}. Did you mean offload='states'?")
-    number = int(str(stage))
+    number = STAGES.index(stage)  # type: ignore[arg-type]  # 2.0 is one, and a tensor of 2
     if offload == "all" and number < 3:
         raise ValueError(
             f"offload='all' rests parameters on the host, which needs sharded parameters: expected stage=3, got "

@@ -17,7 +17,17 @@ from torch import nn
 from zerolite.cost import seconds, show_ms
 from zerolite.dtypes import rest_dtype
 from zerolite.moments import MOMENTS
-from zerolite.options import Keeper, check_bucket_mb, check_gradients, check_resident, check_update, feed_size, is_auto
+from zerolite.options import (
+    Keeper,
+    check_bucket_mb,
+    check_gradients,
+    check_loop,
+    check_resident,
+    check_run,
+    check_update,
+    feed_size,
+    is_auto,
+)
 from zerolite.partition import (
     DTYPES,
     UnitSpec,
@@ -25,6 +35,9 @@ from zerolite.partition import (
     check_compute_dtype,
     check_dtype,
     check_model,
+    check_owner,
+    check_shape,
+    check_trained,
     cut_buckets,
     find_units,
     names_of,
@@ -121,7 +134,9 @@ class Question:
             raise ValueError(
                 "model: stage 3 shards the parameters of a module, got None. Pass ZeroOptimizer(optimizer, model)."
             )
-        if moments not in MOMENTS:
+        if plan.params.sharded and self.model is not None:
+            check_trained(self.model, {p for _, p in self.params})
+        if not isinstance(moments, str) or moments not in MOMENTS:
             raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
         rule: Any = MOMENTS[moments]
         width, group = rule.width, rule.group_width
@@ -284,12 +299,13 @@ def _refusal(question: Question, asked: Candidate, limits: Limits, found: Rates)
         for other in (one for asked_for, some in sides for one in asked_for.alternatives(some, limits, found, world)):
             changed = plan.changes(other.plan) + (other.moments != asked.moments) + doubling
             if not other.missing:
-                more = f" with {world} ranks" if doubling else ""
+                hosts = f"{world // question.setting.here} hosts (ranks_per_host={question.setting.here})"
+                more = f" with {world} ranks on {hosts}" if doubling else ""
                 near.append(((changed, other.seconds), f"{other.label}{more}"))
         if len(near) >= 3:
             break
     nearest = "; ".join(text for _, text in sorted(near)[:3])
-    cure = f"The nearest that fit: {nearest}." if near else "No stage, offload or number of ranks up to 256 times as many fits."
+    cure = f"The nearest that fit: {nearest}." if near else "No stage or offload fits, nor up to 256 times as many hosts."
     return f"{asked.label} on {plan.size} rank(s) does not fit: {need}. {cure}"
 
 
@@ -317,18 +333,8 @@ def question_of(
 ) -> tuple[Question, str]:
     """The question about a model, config, name, path or count (shapes.model_of), and what that is."""
     here = world if ranks_per_host is None else ranks_per_host
-    for name, value in (("world", world), ("ranks_per_host", here), ("micro_batches", micro_batches)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if step_in_backward is True and micro_batches > 1:
-        raise ValueError(
-            f"micro_batches: expected 1 with step_in_backward=True, where each synchronised backward() is a step, got "
-            f"{micro_batches}. Sum micro-batches under no_sync()."
-        )
-    if here > world or world % here:
-        raise ValueError(f"ranks_per_host: expected a divisor of world={world}, got {here}")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    check_run(world, here, device)
+    check_loop(step_in_backward, micro_batches, clip)
     if param_dtype is not None and param_dtype not in DTYPES:
         raise ValueError(f"param_dtype: expected None, torch.bfloat16, torch.float16 or torch.float32, got {param_dtype!r}")
     check_bucket_mb(bucket_mb)
@@ -337,15 +343,18 @@ def question_of(
     check_model(model)
     params: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
     if optimizer is not None:
+        check_owner(optimizer, {p for _, p in params})
         names = names_of(model, optimizer.param_groups)
         params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
     for name, p in params:
+        check_shape(name, p)
         if p.requires_grad:
             check_compute_dtype(name, p, param_dtype)
     shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
     saved = None if batch is None else activations(model, batch, param_dtype)
     setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved, feed=feed_size(update, threaded=True))
-    options: dict[str, Any] = {"units": units, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
+    classes = tuple(units) if isinstance(units, Iterable) else units  # read more than once
+    options: dict[str, Any] = {"units": classes, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
     options |= {"resident": resident, "gradients": gradients, "step_in_backward": step_in_backward}
     return Question(model, params, optimizer, options, world, setting, device_bytes), what
 

@@ -60,6 +60,8 @@ def load_pretrained(
     wanted = Wanted(model)
     try:
         at_rest(built, "load_pretrained")
+        if rename is not None and not callable(rename):
+            raise TypeError(f"load_pretrained: expected rename= to be a function of a name, got {rename!r:.80}")
         files = open_files(path)
         result = wanted.match(files, rename or (lambda name: name), strict)
         told = digest(files)
@@ -155,7 +157,8 @@ class Wanted:
             raise ValueError(
                 "load_pretrained: the files do not fit the model. "
                 + " ".join(lines)
-                + " Pass rename=(the model's name -> the files' name) where names differ, strict=False to load what fits."
+                + " Pass rename=(the model's name -> the files' name) where names differ, strict=False to load what fits. "
+                "What transformers fuses as it reads (experts) is in no file under one name: docs/large.md, Loading."
             )
         self.params = {tensor: s for tensor, s in sources.items() if isinstance(tensor, nn.Parameter)}
         self.buffers = {tensor: s for tensor, s in sources.items() if not isinstance(tensor, nn.Parameter)}

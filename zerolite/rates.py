@@ -134,6 +134,8 @@ def _read(path: Path) -> tuple[Rates, dict[str, float]]:
         values = json.loads(path.read_text())
     except RecursionError:
         raise ValueError(f"rates in {path}: expected numbers, got lists in lists. Delete the file to measure again.") from None
+    except ValueError as error:
+        raise ValueError(f"rates in {path}: expected JSON, got {error}. Delete the file to measure again.") from None
     names = {field.name for field in fields(Rates)}
     needed = names - set(Rates.assumed)
     if not isinstance(values, dict) or not needed <= set(values) <= names | set(_MARKS):

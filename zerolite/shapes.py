@@ -116,7 +116,11 @@ def model_of(source: Any) -> tuple[nn.Module, str]:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"model: expected a folder with a transformers config.json in it, got {str(source)!r} without one")
-        return from_config(_config(json.loads(path.read_text()), str(path))), str(path)
+        try:
+            values = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected the JSON of a transformers config, got {_first_line(error)}") from None
+        return from_config(_config(values, str(path))), str(path)
     try:
         count = parse_count(source)
     except ValueError:
