@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import re
@@ -559,3 +560,24 @@ def test_named_parameters_keep_their_names():
     optimizer.step()
     assert set(optimizer.full_state()) == {"weight", "bias"}
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_who_saves_by_storages_finds_each_parameter_with_no_more_than_its_values(stage, dtype, tmp_path):
+    """safetensors' save_model and accelerate keep one of the tensors that share a storage; torch.save writes storages whole."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), nn.Linear(9, 7), nn.Linear(7, 2))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, param_dtype=dtype)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    found = safetensors.load_file(tmp_path / "model.safetensors")
+    assert found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in values)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in model.state_dict().values())
+    with torch.no_grad():  # still the memory that the optimizer updates
+        model.state_dict()["2.bias"].fill_(3.0)
+    assert model[2].bias.tolist() == [3.0, 3.0]
+    sum(p.sum() for p in model.parameters()).backward()
+    with pytest.warns(UserWarning, match="'2.bias' written outside of the optimizer") if dtype else contextlib.nullcontext():
+        optimizer.step()
+    assert bool((model[2].bias < 3.0).all()) or dtype is not None

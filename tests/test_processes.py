@@ -53,7 +53,7 @@ def send_the_model_away(rank, way):
         model.share_memory()
     loss_of(model, tokens_for(1, 0, rank)).backward()
     if rank == 0 and way == "itself":
-        with pytest.raises(RuntimeError, match="torch moved their memory to share it with another process"):
+        with pytest.raises(RuntimeError, match="torch moved its memory to share it with another process"):
             optimizer.step()
         return
     if way == "clones":

@@ -34,7 +34,7 @@ from zerolite.comm.lane import Lane
 from zerolite.comm.local import Done
 from zerolite.comm.pinned import PinnedComm, PinnedLane, Pool
 from zerolite.comm.shared import Home
-from zerolite.dtypes import dense_strides, rest_dtype
+from zerolite.dtypes import dense_strides, own_storage, rest_dtype
 from zerolite.entry import Entry
 from zerolite.feed import Feed
 from zerolite.gradient import Gradients
@@ -159,7 +159,8 @@ class Bucket:
             self.rest = self.room.zeros(part.numel(), part.dtype).copy_(part)
         elif source != dtype and trained:
             self.rest = self.room.zeros(self.mine.numel(), rest_dtype(dtype))
-        self.views = [self._view(self.full, slot) for slot in range(len(self.entries))]
+        views = [self._view(self.full, slot) for slot in range(len(self.entries))]
+        self.views = views if self.plan.params.sharded else list(map(own_storage, views))  # sharded ones release that of `full`
         self.nothing = torch.full((len(self.views),), float("nan"), dtype=dtype, device=device)
         self.blanks = [nan.expand(view.shape) for nan, view in zip(self.nothing.unbind(), self.views, strict=True)]
         self.blank_places = [blank.data_ptr() for blank in self.blanks]

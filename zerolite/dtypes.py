@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 
 def rest_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,6 +15,12 @@ def rest_dtype(dtype: torch.dtype) -> torch.dtype:
 def bits_dtype(dtype: torch.dtype) -> torch.dtype:
     """The integer dtype of the same width, to compare bits (NaN included)."""
     return torch.int32 if dtype == torch.float32 else torch.int16
+
+
+def own_storage(view: Tensor) -> Tensor:
+    """The same memory, under a storage of this view alone: who saves tensors by their storages (safetensors, accelerate,
+    torch.save of one module) finds no more and no less than its values."""
+    return from_dlpack(to_dlpack(view)) if view.numel() else view
 
 
 def is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -104,13 +104,14 @@ def replaced(bucket: Bucket) -> list[Entry]:
 
 def check_storage(bucket: Bucket) -> None:
     """Raises RuntimeError where a parameter no longer uses the memory that is updated."""
-    if bucket.home is not None and bucket.full.data_ptr() != bucket.home.place:
-        raise RuntimeError(
-            f"parameters of bucket '{bucket.name}': torch moved their memory to share it with another process "
-            "(model.share_memory(), a model or its state dict sent through torch.multiprocessing). Send clones: "
-            "{name: value.clone() for name, value in model.state_dict().items()}."
-        )
-    for entry in replaced(bucket):
+    moved = bucket.home is not None and bucket.full.data_ptr() != bucket.home.place
+    for entry in bucket.entries if moved else replaced(bucket):
+        if moved or entry.param.is_shared():
+            raise RuntimeError(
+                f"parameter '{entry.name}': torch moved its memory to share it with another process (model.share_memory(), "
+                "a model or its state dict sent through torch.multiprocessing). Send clones: {name: value.clone() for name, "
+                "value in model.state_dict().items()}."
+            )
         raise RuntimeError(
             f"parameter '{entry.name}': its storage was replaced (p.data = ..., model.to(...), a new dtype or device). "
             "Do this before ZeroOptimizer is built, or write values with p.copy_(...), or inside full_params()."
