@@ -578,6 +578,6 @@ def test_who_saves_by_storages_finds_each_parameter_with_no_more_than_its_values
         model.state_dict()["2.bias"].fill_(3.0)
     assert model[2].bias.tolist() == [3.0, 3.0]
     sum(p.sum() for p in model.parameters()).backward()
-    with pytest.warns(UserWarning, match="'2.bias' written outside of the optimizer") if dtype else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match="'2.bias' was written outside") if dtype else contextlib.nullcontext():
         optimizer.step()
-    assert bool((model[2].bias < 3.0).all()) or dtype is not None
+    assert bool((model[2].bias < 3.0).all()) == (dtype is None)  # 0.001 less is 3.0 in bf16
