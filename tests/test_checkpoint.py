@@ -568,6 +568,7 @@ def test_who_saves_by_storages_finds_each_parameter_with_no_more_than_its_values
     """safetensors' save_model and accelerate keep one of the tensors that share a storage; torch.save writes storages whole."""
     safetensors = pytest.importorskip("safetensors.torch")
     model = nn.Sequential(nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), nn.Linear(9, 7), nn.Linear(7, 2))
+    model.empty = nn.Parameter(torch.empty(0, 3))
     optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, param_dtype=dtype)
     values = {name: value.clone() for name, value in model.state_dict().items()}
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))

@@ -22,6 +22,7 @@ from torch import nn
 
 import zerolite
 from zerolite import options, stream
+from zerolite import updates as zerolite_updates
 from zerolite.buffer.cuda import Cuda
 from zerolite.buffer.room import Mapping
 from zerolite.buffer.simulated import Simulated
@@ -956,3 +957,26 @@ def test_another_thread_reads_a_parameter_and_is_held_up(device):
     go.set()
     reader.join()
     assert bool(seen[0].isfinite()) and bool(param.isfinite().all()) and type(param) is nn.Parameter  # old values are NaN
+
+
+def test_another_thread_waits_for_an_update_while_it_is_handed_over(device, monkeypatch):
+    """It is done before the parameters are told to wait for it."""
+    device("1:5")
+    model, optimizer = make(Run(stage=2, offload="states", bucket_mb=1e-3), LocalComm())
+    updates = optimizer._built.updates
+    mark = zerolite_updates.mark
+
+    def late(params, wait):
+        reader = threading.Thread(target=optimizer.state_dict)
+        reader.start()
+        reader.join(0.2)  # it waits for a lock, or is through
+        return mark(params, wait)
+
+    for number in range(2):
+        loss_of(model, tokens_for(number, 0, 0)).backward()
+        monkeypatch.setattr(zerolite_updates, "mark", late)
+        optimizer.step()
+        monkeypatch.setattr(zerolite_updates, "mark", mark)
+        optimizer.zero_grad()
+    updates.settle()
+    assert not updates.tasks and all(type(p) is nn.Parameter and bool(p.isfinite().all()) for p in model.parameters())

@@ -8,6 +8,7 @@ import copy
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from models import Net, Run, equal, loss_of, make, seeded, tokens_for
@@ -1380,10 +1381,10 @@ def test_ranks_with_different_learning_rates_are_refused(stage, more):
             optimizer.step()
             optimizer.zero_grad()
 
-        group["initial_lr"] = comm.rank  # what only some look at
+        group["initial_lr"] = group["seed"] = comm.rank  # what the optimizer does not have
         step(0)
         before = group["lr"]
-        group["lr"] = before * (1 + comm.rank)
+        group["lr"] = before * (1 + comm.rank) if stage else np.float32(0.1 * (1 + comm.rank))
         with pytest.raises(
             ValueError, match=rf"param group {len(optimizer.param_groups) - 1}: expected the same 'lr' on every rank"
         ):
@@ -1406,7 +1407,12 @@ def test_a_state_dict_that_only_one_rank_has():
         )
         with pytest.raises(wanted[0], match=wanted[1]):
             optimizer.load_state_dict(None if comm.rank else saved)
-        for damage in ({"zerolite": {}}, {"param_groups": [{"lr": 1.0}]}, {"zerolite": "x"}, {"state": None}):
+        for damage in (
+            {"zerolite": {}},
+            {"param_groups": [{"lr": 1.0}]},
+            {"zerolite": "x"},
+            {"state": None},
+        ):
             with pytest.raises((ValueError, zerolite.RankError), match="damaged or of something else"):
                 optimizer.load_state_dict({**saved, **damage})
         optimizer.load_state_dict(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from zerolite.grads import Grads
 from zerolite.hooks import Hooks
 from zerolite.host import affinity, core_share, trim_heap
 from zerolite.host import identity as host_identity
-from zerolite.kernels import set_threads
+from zerolite.kernels import exceeds_, set_threads
 from zerolite.meta import began_empty
 from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
@@ -155,7 +156,9 @@ class Built:
         for bucket in self.buckets:
             bucket.wait()
             for piece in bucket.pieces:
-                if not bool(bucket.mine[piece.offset : piece.offset + piece.stop - piece.start].isfinite().all()):
+                flag = torch.zeros(1, dtype=torch.int64, device=bucket.mine.device)
+                exceeds_(flag, bucket.mine[piece.offset : piece.offset + piece.stop - piece.start], math.inf)
+                if bool(flag):
                     entry = next(e for e in self.entries if e.bucket is bucket and e.slot == piece.slot)
                     empty = began_empty(entry.param) and ", since meta_init(init=False): call load_pretrained()"
                     return f" Parameter '{entry.name}' is not finite either{empty or ''}."

@@ -149,7 +149,8 @@ def _tokens(text: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     except (ValueError, RuntimeError):
         raise ValueError(f"--batch: expected rows x length such as 4x1024, got {text!r}") from None
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
+    learned = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]  # rotary ones have no end
+    if isinstance(most, int) and length > most and any(most <= size <= most + 2 for size in learned):
         raise ValueError(f"--batch: expected a length of at most {most}, the config's max_position_embeddings, got {text!r}")
     return {"input_ids": ids, "labels": ids}
 

@@ -20,7 +20,7 @@ def bits_dtype(dtype: torch.dtype) -> torch.dtype:
 def own_storage(view: Tensor) -> Tensor:
     """The same memory, under a storage of this view alone: who saves tensors by their storages (safetensors, accelerate,
     torch.save of one module) finds no more and no less than its values."""
-    return from_dlpack(to_dlpack(view)) if view.numel() else view
+    return from_dlpack(to_dlpack(view)) if view.numel() else torch.empty_like(view)
 
 
 def is_flat(shape: torch.Size, stride: tuple[int, ...]) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -77,9 +78,11 @@ def load(
     problem: Exception | None = None
     late: list[list[Entry]] = []
     try:
-        saved = _read_any(given(), groups, rule)
-        _check(saved, groups, trained(), comm)
-        late = saved.late(entries, groups)
+        state_dict = given()
+        with _readable():
+            saved = _read(state_dict, groups, rule)
+            _check(saved, groups, trained(), comm)
+            late = saved.late(entries, groups)
     except Exception as error:  # whatever it is: the other ranks wait to be told
         problem = error
     _agree(comm, problem, saved, late)
@@ -123,9 +126,11 @@ def _agree(comm: Comm, problem: Exception | None, saved: Saved | None, late: lis
     )
 
 
-def _read_any(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], rule: Rule) -> Saved:
+@contextmanager
+def _readable() -> Iterator[None]:
+    """What is not there, or something else, is told as such."""
     try:
-        return _read(state_dict, groups, rule)
+        yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             "load_state_dict: expected a state dict as state_dict() gives it, got one that is damaged or of something else "

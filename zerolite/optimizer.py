@@ -111,7 +111,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._whole: dict[str, Any] | None = None  # of consolidate_state_dict, until the next step
         self._grouped: list[list[int]] = []  # id of each param group and its parameters at the last step
         me = weakref.ref(self)
-        built.reducer.options = lambda: comparable(getattr(me(), "param_groups", ()))
+        built.reducer.names = names = tuple(sorted(optimizer.defaults))
+        built.reducer.options = lambda: comparable(getattr(me(), "param_groups", ()), names)
         self._early = early_of(built, lambda: me()._check(), lambda: getattr(me(), "param_groups", None))  # type: ignore[union-attr]
         if optimizer.state:
             try:
@@ -318,7 +319,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state on rank `to` (a collective); state_dict() there returns it until the next step."""
         comm = self._settled.comm
-        if not isinstance(to, int) or not 0 <= to < comm.size:
+        if not hasattr(to, "__index__") or not 0 <= to < comm.size:
             raise ValueError(f"consolidate_state_dict: expected a rank from 0 to {comm.size - 1}, got {to!r}")
         self._whole = checkpoint.whole_state_dict(self.param_groups, self._trained, comm, comm.rank == to)
 

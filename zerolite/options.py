@@ -93,7 +93,7 @@ def check_loop(step_in_backward: object, micro_batches: object, clip: object) ->
             f"micro_batches: expected 1 with step_in_backward=True, where each synchronised backward() is a step, got "
             f"{micro_batches}. Sum micro-batches under no_sync()."
         )
-    if not isinstance(clip, bool):
+    if clip is not None and not isinstance(clip, (bool, int, float)):
         raise ValueError(f"clip: expected True or False, got {clip!r}")
 
 

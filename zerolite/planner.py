@@ -352,7 +352,7 @@ def question_of(
             check_compute_dtype(name, p, param_dtype)
     shared = device == "cpu" and here > 1 and os.environ.get("ZEROLITE_SHARED", "1") != "0"
     saved = None if batch is None else activations(model, batch, param_dtype)
-    setting = Setting(here, shared, device, update != "host", micro_batches, clip, saved, feed=feed_size(update, threaded=True))
+    setting = Setting(here, shared, device, update != "host", micro_batches, bool(clip), saved, feed=feed_size(update, True))
     classes = tuple(units) if isinstance(units, Iterable) else units  # read more than once
     options: dict[str, Any] = {"units": classes, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
     options |= {"resident": resident, "gradients": gradients, "step_in_backward": step_in_backward}

@@ -62,7 +62,8 @@ class Reducer:
     take: Callable[[Bucket], None]  # takes in what has gone out of a bucket: averages it
     tell: Callable[[], list[bool]]  # what else ranks tell each other after a backward (step_in_backward): see Early.tell
     told: list[bool]  # what any rank has told
-    options: Callable[[], list[list[tuple[str, object]]]]  # of the param groups, as far as ranks can compare them
+    names: tuple[str, ...]  # of the options that the optimizer has
+    options: Callable[[], list[tuple[object, ...]]]  # their values in each param group, as far as ranks can compare them
     at_start: list[Callable[[], None]]  # called when a backward begins
     at_end: list[Callable[[], None]]  # called when a backward is over
 
@@ -79,7 +80,7 @@ class Reducer:
         self.take = lambda bucket: grads_of(bucket).finish()
         self.tell = lambda: []
         self.told = []
-        self.options = list
+        self.names, self.options = (), list
         self.at_start = []
         self.at_end = []
         self.reset()
@@ -259,7 +260,7 @@ class Reducer:
         again = [grads_of(bucket).again for bucket in self.order]
         self.told = self.tell()
         mine = [*present, *late, *again, *self.told]
-        mark, options = zlib.crc32(bytes(mine)), self.options() if self.plan.step_in_backward else []
+        mark, options = zlib.crc32(bytes(mine)), self._options() if self.plan.step_in_backward else []
         second = _checksum(options)
         marks = torch.tensor([mark, -mark, second, -second])
         self.comm.max_(marks, what)
@@ -315,7 +316,7 @@ class Reducer:
         for bucket in self.order:
             grads_of(bucket).look()
         values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
-        options = self.options()
+        options = self._options()
         values += [sign * mark for mark in (*marks, _checksum(options)) for sign in (1, -1)]
         agreed = torch.tensor(values)
         self.comm.max_(agreed, "step agreement")
@@ -346,10 +347,16 @@ class Reducer:
         self.open, self.local = bool(agreed[3]), bool(agreed[4])
         return present if int(agreed[9]) == -int(agreed[10]) else self._union(present, "step presence")
 
-    def _refuse_options(self, options: list[list[tuple[str, object]]], what: str) -> None:
+    def _options(self) -> list[tuple[object, ...]]:
+        return self.options() if self.comm.size > 1 else []
+
+    def _refuse_options(self, options: list[tuple[object, ...]], what: str) -> None:
         """Raises ValueError with the first option of a param group that ranks have different values of."""
         found = self.comm.share(options, "step options")
-        rows = [{(k, name): repr(value) for k, group in enumerate(each) for name, value in group} for each in found]
+        rows = [
+            {(k, name): repr(value) for k, group in enumerate(each) for name, value in zip(self.names, group, strict=True)}
+            for each in found
+        ]
         which, name = next(at for row in rows for at in row if any(other.get(at) != row[at] for other in rows))
         got = [row.get((which, name), "none") for row in rows]
         raise ValueError(
@@ -381,7 +388,7 @@ class Reducer:
             grads_of(bucket).start()
 
 
-def _checksum(options: list[list[tuple[str, object]]]) -> int:
+def _checksum(options: list[tuple[object, ...]]) -> int:
     return zlib.crc32(repr(options).encode())
 
 

@@ -328,19 +328,23 @@ def _part(piece: Piece) -> slice:
     return slice(piece.offset, piece.offset + piece.stop - piece.start)
 
 
-def comparable(groups: Iterable[dict[str, Any]]) -> list[list[tuple[str, object]]]:
-    """Options of param groups that are numbers or texts, for ranks to compare; not what schedulers leave there."""
-    return [
-        [(k, _plain(group[k])) for k in sorted(group) if k not in ("params", "param_names", "initial_lr")] for group in groups
-    ]
+def comparable(groups: Iterable[dict[str, Any]], names: Sequence[str]) -> list[tuple[object, ...]]:
+    """Options of these names of param groups, as far as ranks can compare them."""
+    return [tuple(v if type(v) in _PLAIN else _plain(v) for v in map(group.get, names)) for group in groups]
 
 
-def _plain(value: Any) -> object:
-    """Numbers as floats and sequences as tuples, whatever their type; of other objects the type."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
-    return value if value is None or isinstance(value, str) else type(value).__name__
+_PLAIN = {float, int, bool, str, type(None)}
+
+
+def _plain(value: Any, deep: bool = False) -> object:
+    """A number, or numbers, whatever holds them; else the type."""
+    try:
+        if isinstance(value, Tensor):
+            return value.item() if value.numel() == 1 else (tuple(value.shape), str(value.dtype))
+        if type(value) in _PLAIN:
+            return value
+        if isinstance(value, (tuple, list)) and not deep:
+            return tuple(_plain(part, True) for part in value)
+        return value.item() if hasattr(value, "item") else type(value).__name__
+    except Exception:  # of another library's number, a tensor on the meta device
+        return type(value).__name__

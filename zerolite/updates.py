@@ -214,7 +214,11 @@ class Apart:
         if not self.overlap or self._compiles():
             self.settle()
         for bucket in list(self.tasks):
-            if not bucket.plan.params.sharded and not mark([entry.param for entry in bucket.entries], bucket.wait):
+            if bucket.plan.params.sharded:
+                continue
+            with self._settling:  # another thread may have waited for it by now
+                pending = bucket not in self.tasks or mark([entry.param for entry in bucket.entries], bucket.wait)
+            if not pending:
                 bucket.wait()
 
     def _compiles(self) -> bool:

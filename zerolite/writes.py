@@ -106,7 +106,7 @@ def check_storage(bucket: Bucket) -> None:
     """Raises RuntimeError where a parameter no longer uses the memory that is updated."""
     moved = bucket.home is not None and bucket.full.data_ptr() != bucket.home.place
     for entry in bucket.entries if moved else replaced(bucket):
-        if moved or entry.param.is_shared():
+        if moved or (entry.param.device.type == "cpu" and entry.param.is_shared()):
             raise RuntimeError(
                 f"parameter '{entry.name}': torch moved its memory to share it with another process (model.share_memory(), "
                 "a model or its state dict sent through torch.multiprocessing). Send clones: {name: value.clone() for name, "
