@@ -261,10 +261,10 @@ class Reducer:
         self.told = self.tell()
         mine = [*present, *late, *again, *self.told]
         mark, options = zlib.crc32(bytes(mine)), self._options() if self.plan.step_in_backward else []
-        second = _checksum(options)
-        marks = torch.tensor([mark, -mark, second, -second])
+        told = [mark, _checksum(options)] if self.plan.step_in_backward else [mark]
+        marks = torch.tensor([sign * value for value in told for sign in (1, -1)])
         self.comm.max_(marks, what)
-        if int(marks[2]) != -int(marks[3]):
+        if self.plan.step_in_backward and int(marks[2]) != -int(marks[3]):
             self._refuse_options(options, "This backward has updated parameters with them (step_in_backward=True).")
         if int(marks[0]) != -int(marks[1]):
             flags = self._union(mine, f"{what} presence")
