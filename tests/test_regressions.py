@@ -1365,15 +1365,8 @@ def test_ranks_with_different_learning_rates_are_refused(stage, more):
     def body(comm):
         model = seeded(Net)
         groups = [{"params": list(model.blocks.parameters())}, {"params": [model.embed.weight], "lr": torch.tensor(0.5)}]
-        optimizer = (
-            zerolite.ZeroOptimizer(
-                torch.optim.AdamW(groups, lr=1e-2), None if stage < 3 else model, stage=stage, process_group=comm, **more
-            )
-            if stage < 3
-            else zerolite.ZeroOptimizer(
-                torch.optim.AdamW(model.parameters(), lr=1e-2), model, stage=stage, process_group=comm, **more
-            )
-        )
+        inner = torch.optim.AdamW(groups if stage < 3 else model.parameters(), lr=1e-2)
+        optimizer = zerolite.ZeroOptimizer(inner, model if stage == 3 else None, stage=stage, process_group=comm, **more)
         group = optimizer.param_groups[-1]
 
         def step(number):

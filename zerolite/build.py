@@ -26,7 +26,7 @@ from zerolite.hooks import Hooks
 from zerolite.host import affinity, core_share, trim_heap
 from zerolite.host import identity as host_identity
 from zerolite.kernels import exceeds_, set_threads
-from zerolite.meta import began_empty
+from zerolite.meta import is_left
 from zerolite.options import Keeper, feed_size
 from zerolite.partition import UnitSpec, beside, check_parameter, cut_buckets, find_units, names_of
 from zerolite.placement import Plan, Setting, Widths, with_rows
@@ -155,13 +155,16 @@ class Built:
         """What a warning about gradients adds where a parameter of this rank's range is not finite itself."""
         for bucket in self.buckets:
             bucket.wait()
+            found = torch.zeros(1, dtype=torch.int64, device=bucket.mine.device)
             for piece in bucket.pieces:
-                flag = torch.zeros(1, dtype=torch.int64, device=bucket.mine.device)
-                exceeds_(flag, bucket.mine[piece.offset : piece.offset + piece.stop - piece.start], math.inf)
-                if bool(flag):
-                    entry = next(e for e in self.entries if e.bucket is bucket and e.slot == piece.slot)
-                    empty = began_empty(entry.param) and ", since meta_init(init=False): call load_pretrained()"
-                    return f" Parameter '{entry.name}' is not finite either{empty or ''}."
+                exceeds_(found, bucket.mine[piece.offset : piece.offset + piece.stop - piece.start], math.inf)
+                if bool(found):
+                    entry = bucket.entries[piece.slot]
+                    modules = self.model.modules() if self.model is not None else ()
+                    owners = (m for m in modules if any(p is entry.param for p in m._parameters.values()))
+                    empty = any(is_left(module, entry.param) for module in owners)
+                    cure = ", since meta_init(init=False): call load_pretrained()" if empty else ""
+                    return f" Parameter '{entry.name}' is not finite either{cure}."
         return ""
 
     def add_group(self, group: dict[str, Any], number: int) -> list[Entry]:

@@ -91,7 +91,8 @@ def load(
         adopt(part)
     if late:
         try:
-            _check(saved, groups, trained(), comm)
+            with _readable():
+                _check(saved, groups, trained(), comm)
         except Exception as error:
             problem = error
         _agree(comm, problem, saved, late)

@@ -97,11 +97,6 @@ def is_left(module: nn.Module, param: nn.Parameter) -> bool:
     return param.__dict__.get("zerolite_init", module.__dict__.get("zerolite_init")) is False
 
 
-def began_empty(param: nn.Parameter) -> bool:
-    """Whether a parameter was built under meta_init(init=False): it is NaN until something is loaded."""
-    return param.__dict__.get("zerolite_init") is False
-
-
 def make_real(p: nn.Parameter, data: Tensor) -> None:
     """Gives a meta parameter memory. It stays the same object, so optimizer groups and ties stay valid.
 

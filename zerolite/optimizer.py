@@ -344,8 +344,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._early.refuse("load_state_dict()")
         if built.inside:
             raise RuntimeError("load_state_dict: expected to be called outside of full_params(), got called inside.")
-        trained = lambda: self._trained  # noqa: E731
-        return loading.load(given, self.param_groups, built.entries, trained, built.rule, built.comm, self._adopt)
+        return loading.load(given, self.param_groups, built.entries, lambda: self._trained, built.rule, built.comm, self._adopt)
 
     # ---- parameters that come later
 
