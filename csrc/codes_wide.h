@@ -104,6 +104,12 @@ ZL_FN Ints widened(Ints low, Ints high, int half) {
 
 ZL_FN int placed(int n) { return n / kWords * kWords + n % 8 / 4 * kFloats + n % kWords / 8 * 4 + n % 4; }
 
+// Of masters and words: upper words of masters as join() makes them of a parameter's and a remainder's words, those of the
+// parameter as split() makes them of upper and lower words, and the bytes of four masters in order: lower words, upper ones.
+ZL_FN Ints joined(Ints hi, Ints lo) { return ZL_OP(add_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)); }
+ZL_FN Ints parted(Ints hi, Ints lo) { return ZL_OP(sub_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)); }
+ZL_FN Ints split_order() { return repeat(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)); }
+
 struct Constants {
   // Bytes of the bf16 patterns of codes below 16, xor what the rule for codes of higher fields makes of them.
   Ints low_fix, high_fix;
@@ -150,13 +156,12 @@ ZL_FN Constants constants() {
       high[c + part] = static_cast<uint8_t>(fix >> 8);
     }
   }
-  const __m128i split = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
   Constants c = {load(low),
                  load(high),
                  all_bytes(0x7f),
                  all_bytes(0x70),
                  all_bytes(0x80),
-                 repeat(split),
+                 split_order(),
 #if defined(ZL_BYTES)
                  bits_of({0x08, 0x04, 0x02, 0x01, 0, 0, 0, 0}),
                  bits_of({0, 0, 0, 0, 0x80, 0x40, 0x20, 0x10}),

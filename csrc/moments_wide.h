@@ -53,7 +53,7 @@ ZL_FN void read_words(Staged& x, int at, const Tensors<C>& t, Ints gw, Ints mw, 
                       const Constants& k, Ints* tops) {
   const Ints zero = zeros();
   const Ints lo = load(t.rest + at);
-  const Ints hi = ZL_OP(add_epi16)(load(t.param + at), ZL_OP(srai_epi16)(lo, 15));  // as join()
+  const Ints hi = joined(load(t.param + at), lo);
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {  // as adam_averages()
     const Floats p = as_floats(widened(lo, hi, i));
@@ -99,7 +99,7 @@ ZL_FN void step_words(Staged& x, int at, const Tensors<C>& t, const WideRow& r, 
   }
   const Ints lo = ZL_OP(unpacklo_epi64)(words[0], words[1]), hi = ZL_OP(unpackhi_epi64)(words[0], words[1]);
   store(t.rest + at, lo);
-  store(t.param + at, ZL_OP(sub_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)));  // as split()
+  store(t.param + at, parted(hi, lo));
 }
 
 // Where one is NaN; returns the group's largest.

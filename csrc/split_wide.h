@@ -28,7 +28,7 @@ struct Pair {
 
 ZL_FN Pair masters(const SplitTensors& t, int at) {
   const Ints lo = spread(load(t.rest + at));
-  const Ints hi = ZL_OP(add_epi16)(spread(load(t.param + at)), ZL_OP(srai_epi16)(lo, 15));  // as join()
+  const Ints hi = joined(spread(load(t.param + at)), lo);
   return {as_floats(widened(lo, hi, 0)), as_floats(widened(lo, hi, 1))};
 }
 ZL_FN Pair gradients(const float* g) { return {ZL_OP(loadu_ps)(g), ZL_OP(loadu_ps)(g + kFloats)}; }
@@ -56,7 +56,7 @@ ZL_FN void split_words(const SplitTensors& t, int at, Floats first, Floats last,
   const Ints x = ZL_OP(shuffle_epi8)(as_ints(first), halves), y = ZL_OP(shuffle_epi8)(as_ints(last), halves);
   const Ints lo = gathered(ZL_OP(unpacklo_epi64)(x, y)), hi = gathered(ZL_OP(unpackhi_epi64)(x, y));
   store(t.rest + at, lo);
-  store(t.param + at, ZL_OP(sub_epi16)(hi, ZL_OP(srai_epi16)(lo, 15)));  // as split()
+  store(t.param + at, parted(hi, lo));
 }
 __attribute__((noinline)) void split_plain(const SplitTensors& t) {
   for (int i = 0; i < kPiece; ++i) split(plain(join(t.param[i], t.rest[i])), t.param[i], t.rest[i]);
@@ -107,7 +107,7 @@ __attribute__((noinline)) void adam_split(const SplitTensors& tensors, const Sou
                                           int64_t pieces) {
   static_assert(kPiece == kGroup);
   const WideRow r({row, 0});
-  const Ints halves = constants().split;
+  const Ints halves = split_order();
   alignas(64) G space[kPiece];
   alignas(64) float divisors[2][kPiece];
   SplitTensors t = tensors.at(at);
