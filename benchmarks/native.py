@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import CACHE, ROOT
+from zerolite.buffer import Room
 
 
 @functools.cache
@@ -35,10 +36,11 @@ def _call(name: str, tensors: list[torch.Tensor], n: int, threads: int) -> Calla
 
 
 def update(n: int, threads: int) -> Callable[[], Any]:
-    """The streams of a bf16 update of n elements: 26 bytes each."""
-    return _call(
-        "update", [torch.zeros(n, dtype=d) for d in (torch.int16, torch.int16, *[torch.float32] * 2, torch.int16)], n, threads
-    )
+    """The streams of a bf16 update of n elements: 26 bytes each, in such memory as the update's."""
+    room = Room(torch.device("cpu"))
+    param, grad = torch.zeros(n, dtype=torch.int16), torch.zeros(n, dtype=torch.int16)
+    states = [room.zeros(n, dtype) for dtype in (torch.int16, torch.float32, torch.float32)]
+    return _call("update", [param, *states, grad], n, threads)
 
 
 def read(n: int, threads: int) -> Callable[[], Any]:

@@ -22,6 +22,7 @@ from benchmarks import native
 from zerolite import kernels
 from zerolite.buffer import Room
 from zerolite.kernels.reference import split_
+from zerolite.layout import STAGGER
 from zerolite.moments import MOMENTS
 from zerolite.update import adam_row
 
@@ -31,10 +32,13 @@ CLIP = 0.7
 
 def zerolite_side(n: int, sources: int, moments: str = "fp32") -> Callable[[], None]:
     """Sum of `sources` bf16 gradients, scale, Adam with stored moments, split master."""
-    param, rest = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+    room = Room(torch.device("cpu"))
+    param, rest = torch.empty(n, dtype=torch.bfloat16), room.zeros(n, torch.int16)
     split_(param, rest, torch.randn(n))
-    grads = [(torch.randn(n) * 1e-3).bfloat16() for _ in range(sources)]
-    stored, part = MOMENTS[moments](n, Room(torch.device("cpu"))), slice(0, n)
+    slot = n + STAGGER // 2  # as in a region of shared memory
+    slots = (torch.randn(slot * sources) * 1e-3).bfloat16()
+    grads = [slots[k * slot : k * slot + n] for k in range(sources)]
+    stored, part = MOMENTS[moments](n, room), slice(0, n)
     stored.write(part, torch.randn(n) * 1e-3, torch.rand(n) * 1e-6)
     rows, spans = [(*adam_row(GROUP, 10, CLIP), 10.0)], torch.tensor([[0, n, 0]])
     return lambda: stored.update(param, rest, grads, spans, rows, 1.0 / sources)

@@ -26,6 +26,8 @@ SIZES = [0, 1, 7, 63, 64, 65, 127, 1000, 1023, 1025, 2047, 2049, 4097]
 
 
 class Moments(Emulator):
+    half = "MOMENTS"
+
     def reduce_adam_moments_(self, param, rest, m, v, scales, sources, spans, rows, mean):
         head = [ctypes.c_void_p(t.data_ptr()) for t in (param, rest, m, v, scales)]
         listed, count, dtype = pointers(sources), len(sources), CODE[sources[0].dtype]
@@ -37,7 +39,7 @@ class Moments(Emulator):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    return Moments(ROOT / "csrc", tmp_path_factory.mktemp("emulate"))
+    return Moments(ROOT / "csrc", tmp_path_factory.mktemp("emulate"), optimised=True)
 
 
 def lively(n: int, kind: str, dtype: torch.dtype) -> list[Tensor]:
@@ -172,6 +174,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake, tmp_path):
     """The tests above would notice: each of these mistakes breaks some of them."""
-    broken = Moments(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path, "MOMENTS")
+    broken = Moments(mistaken(tmp_path, *MISTAKES[mistake]), tmp_path)
     with pytest.raises((OutOfBounds, AssertionError)):
         battery(broken)

@@ -64,7 +64,7 @@ def variants(run: Run):
     ],
 )
 def test_same_bits_with_and_without_offload(device, world, micro, clip, dtype):
-    run = Run(dtype=DTYPES[dtype], micro=micro, clip=clip, bucket_mb=2e-3, steps=3)
+    run = Run(dtype=DTYPES[dtype], micro=micro, clip=clip, bucket_mb=2e-3, steps=2)
     expected = on_threads(world, train_on, run)
     device("1:0.5")
     for variant in variants(run):

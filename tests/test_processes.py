@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import math
+import mmap
 import os
 import re
 import resource
@@ -24,8 +25,9 @@ from ranks import GROUP, on_processes, on_threads, outcomes
 from torch import nn
 
 import zerolite
-from zerolite import gradient, parts
+from zerolite import gradient, moments, parts
 from zerolite.comm import shared
+from zerolite.comm.group import GroupComm
 from zerolite.worker import Failure, Worker
 
 
@@ -63,6 +65,43 @@ def send_the_model_away(rank, way):
 def test_a_model_whose_memory_was_moved_to_another_process_is_noticed():
     for way in ("itself", "clones"):
         on_processes(2, send_the_model_away, way)
+
+
+def begins_of_streams(rank):
+    found = []
+
+    def seen(param, rest, m, v, sources, *others):
+        found.append([t.data_ptr() % mmap.PAGESIZE for t in (rest, m, v)])
+        found.append([t.data_ptr() % mmap.PAGESIZE for t in sources])
+        return update(param, rest, m, v, sources, *others)
+
+    update, moments.reduce_adam_ = moments.reduce_adam_, seen
+    p = nn.Parameter(torch.zeros(3 << 20, dtype=torch.bfloat16))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.Adam([p]), stage=1)
+    p.sum().backward()
+    optimizer.step()
+    return found
+
+
+def test_what_an_update_walks_side_by_side_begins_apart_in_its_pages():
+    for states, sources in on_processes(2, begins_of_streams):
+        assert len(set(states)) == 3 and len(set(sources)) == 2
+        assert all(begin % 64 == 0 for begin in states + sources)
+
+
+def shared_values(rank):
+    comm = GroupComm()
+    counts, found = [], []
+    start, comm._start = comm._start, lambda *args: (counts.append(args[0]), start(*args))[1]
+    for size in (0, 300, 600, 100_000):
+        found.append(comm.share((rank, "x" * size if rank == 1 else None), "here"))
+    return found, counts
+
+
+def test_values_are_shared_in_one_collective_if_they_are_short_on_every_rank():
+    expected = [[(0, None), (1, "x" * size), (2, None)] for size in (0, 300, 600, 100_000)]
+    for found, counts in on_processes(3, shared_values):
+        assert found == expected and counts == ["here"] * (1 + 1 + 2 + 2)
 
 
 def train_on_hosts(rank, hosts, runs):

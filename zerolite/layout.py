@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 ALIGN = 64
+STAGGER = 9 * 64  # bytes by which tensors that one pass walks side by side begin apart in a page (docs/design.md)
 TINY = 16  # a bucket that is filled to less than this part, beside others, is not worth a message of its own
 
 

@@ -2,7 +2,8 @@
 
 On the host it is mapped for each tensor in huge pages where the system allows them (`madvise`), apart from the
 allocator's heap: a step's short-lived tensors leave no holes between them, a first touch costs one fault for 2 MiB instead
-of 512, and the update walks over several streams with few translation misses. Memory that a device copies from and to
+of 512, and the update walks over several streams with few translation misses. Each begins somewhere else in its page, so that
+those streams do not meet in the same places of a cache. Memory that a device copies from and to
 is pinned in place, to the byte (rounded up to a page), where torch's pinned allocator rounds up to a power of two.
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from zerolite.layout import STAGGER
+
 HUGE = 2 << 20  # bytes of a huge page on x86-64, and a multiple of other systems' pages
+_made = itertools.count(1)  # mappings, for where in a page they begin
 
 
 class Mapping(mmap.mmap):
@@ -50,13 +55,14 @@ class Room:
         size = numel * dtype.itemsize
         if self.device.type != "cpu" or (size < HUGE and self.pin is None) or size == 0:
             return torch.zeros(numel, dtype=dtype, device=self.device)
-        region = Mapping(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = next(_made) * STAGGER % mmap.PAGESIZE
+        region = Mapping(-1, start + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: plain ones do
                 region.madvise(mmap.MADV_HUGEPAGE)
         if self.pin is not None:
             self.pin(region)
-        return torch.frombuffer(region, dtype=dtype, count=numel)
+        return torch.frombuffer(region, dtype=dtype, count=numel, offset=start)
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
+import pickle
 import threading
 import time
 import weakref
@@ -27,6 +29,8 @@ from zerolite.comm.local import LocalComm
 
 _T = TypeVar("_T")
 PATIENCE = float(os.environ.get("ZEROLITE_PATIENCE", "5"))  # seconds before ranks compare notes
+
+_SHORT = 512  # bytes of a shared value that take one collective, where others take two
 
 # torch 2.13 renamed the tensor collectives; both names are served here and nowhere else.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -172,12 +176,19 @@ class GroupComm:
 
     def share(self, value: Any, what: str) -> list[Any]:
         self.ledger.enter(what, 0)
-        values: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
-            raise self.lost(what, error) from error
-        return values
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        count, room = torch.tensor([len(data)]).view(torch.uint8), _SHORT
+        while True:  # once for what is short, as most is; else again, with room for the longest
+            mine = torch.zeros(len(count) + room, dtype=torch.uint8)
+            mine[: len(count)], mine[len(count) :][: len(data)] = count, data[:room]
+            mine = mine.to(self.control)
+            all_ = torch.empty(self.size * len(mine), dtype=torch.uint8, device=self.control)
+            gather = functools.partial(_all_gather, all_, mine, group=self.group, async_op=True)
+            rows = self._start(what, all_, gather).wait().cpu().view(self.size, -1)
+            counts = rows[:, : len(count)].contiguous().view(torch.int64).flatten().tolist()
+            if max(counts) <= room:
+                return [pickle.loads(bytes(row[len(count) :][:n].numpy())) for row, n in zip(rows, counts, strict=True)]
+            room = max(counts)
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
         kinds = {False: MessageLane, True: ScatterLane}

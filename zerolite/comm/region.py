@@ -25,6 +25,7 @@ from zerolite.comm.flags import Arriving, Flags
 from zerolite.comm.lane import Lane, LaneSpec
 from zerolite.comm.ledger import RankError
 from zerolite.comm.segment import PAGE, Segment
+from zerolite.layout import STAGGER
 from zerolite.parts import part_room, parts_of, regions_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Region:
 
     def __init__(self, comm: SharedComm, size: int, narrow: int) -> None:
         self.comm = comm
-        self.slot = -(-size // PAGE) * PAGE  # pages that are never written take no memory
+        self.slot = -(-size // PAGE) * PAGE + STAGGER  # pages that are never written take no memory
         self.narrow = narrow  # bytes of the largest round in compute dtype
         self.wide = False  # pages past `narrow` were written
         self.used = 0  # bytes of this rank's slot that were written: their pages stay
