@@ -126,3 +126,30 @@ def test_files_and_functions_stay_small():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+FACTORIES = {
+    "arange",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+}
+
+
+def test_tensors_are_made_on_a_device_that_is_named():
+    """Else a program's torch.set_default_device("cuda") would move control data to a GPU."""
+    found = 0
+    for _, path, tree in modules():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) in {f"torch.{name}" for name in FACTORIES}:
+                found += 1
+                assert any(word.arg == "device" for word in call.keywords), f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+    assert found > 30

@@ -791,3 +791,27 @@ def test_tables_are_on_the_host_whatever_the_default_device_is():
         vars(bucket).pop("spans", None)
         with torch.device("meta"):
             assert bucket.spans.device.type == "cpu" == Parts(bucket.spans).rows.device.type
+
+
+@pytest.mark.parametrize(
+    "stage,offload,moments", [(1, None, "fp32"), (2, "states", "int8"), (3, None, "bf16"), (3, "all", "fp32")]
+)
+def test_a_default_device_of_the_program_changes_nothing(stage, offload, moments):
+    def result(default):
+        model, run = seeded(Net), Run(stage=stage, offload=offload, moments=moments, dtype=torch.bfloat16, micro=2, clip=0.5)
+        batches = [tokens_for(step, 0, 0) for step in range(2)]
+        torch.set_default_device(default)
+        try:
+            model, optimizer = make(run, LocalComm(), model)
+            for tokens in batches:
+                loss_of(model, tokens).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.memory()
+            return optimizer.full_state()
+        finally:
+            torch.set_default_device(None)
+
+    assert equal(result("meta"), result(None))

@@ -490,3 +490,18 @@ def test_the_line_to_add_names_gradients_that_were_asked_for(capsys):
     options = ["plan", "--params", "2e9", "--device-mem", "8G", "--host-mem", "512G", "--gradients", "host"]
     assert cli.main(options) == 0
     assert "offload='states', gradients='host'," in capsys.readouterr().out
+
+
+def test_a_choice_that_fails_on_rank_0_is_told_to_ranks_with_other_options(monkeypatch):
+    def failing(*_):
+        raise KeyError("no rates")
+
+    def body(comm):
+        model = nn.Linear(4, 4)
+        stage = "auto" if comm.rank == 0 else 2
+        with pytest.raises(ValueError, match=["stage='auto': 'no rates'", "on rank 0: 'no rates'"][comm.rank]):
+            zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage, process_group=comm)
+        return True
+
+    monkeypatch.setattr(auto, "_decide", failing)
+    assert on_threads(2, body, timeout=10.0) == [True, True]

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from torch import nn
 import zerolite
 from zerolite import gradient, moments, parts
 from zerolite.comm import shared
-from zerolite.comm.group import GroupComm
+from zerolite.comm.group import GroupComm, Waiting
 from zerolite.worker import Failure, Worker
 
 
@@ -102,6 +103,82 @@ def test_values_are_shared_in_one_collective_if_they_are_short_on_every_rank():
     expected = [[(0, None), (1, "x" * size), (2, None)] for size in (0, 300, 600, 100_000)]
     for found, counts in on_processes(3, shared_values):
         assert found == expected and counts == ["here"] * (1 + 1 + 2 + 2)
+
+
+def share_what_cannot_be_pickled(rank):
+    comm = GroupComm()
+    with pytest.raises(Exception) as found:
+        comm.share((lambda: rank) if rank == 1 else rank, "here")
+    return type(found.value).__name__, str(found.value), comm.share(rank, "here")
+
+
+def test_a_value_that_cannot_be_pickled_is_an_error_on_every_rank():
+    (kind, message, after), (_, own, _) = on_processes(2, share_what_cannot_be_pickled, timeout=10)
+    assert kind == "RankError" and "rank 1 in 'here': what it tells the others has to be picklable" in message
+    assert "lambda" in own and "RankError" not in own and after == [0, 1]
+
+
+def train_where_tensors_are_meta(rank, stage):
+    torch.manual_seed(0)
+    torch.set_default_device("meta")
+    model = nn.Sequential(nn.Linear(70, 70), nn.Tanh(), nn.Linear(70, 3))
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(model.parameters()), model, stage=stage)
+    for _ in range(2):
+        model(torch.full((2, 70), rank + 1.0, device="cpu")).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.full_state()
+
+
+@pytest.mark.parametrize("env", [{}, GROUP], ids=["shared", "gloo"])
+def test_a_default_device_does_not_reach_what_ranks_tell_each_other(env):
+    first, second = on_processes(2, train_where_tensors_are_meta, 3, env=env)
+    assert equal(first, second) and equal(first, on_processes(2, train_where_tensors_are_meta, 1, env=env)[0])
+
+
+class Completed:
+    """A collective that completes just after the first wait for it has timed out."""
+
+    def __init__(self, error=None):
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout=None):
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+    def is_completed(self):
+        return True
+
+
+def wait_for_completed(rank):
+    comm = GroupComm()
+    assert Waiting(comm, Completed(), torch.ones(1), "here").wait().item() == 1
+    found = []
+    for error in ("Timed out waiting 1800000ms for recv", "Connection closed by peer"):
+        with pytest.raises(zerolite.RankError) as caught:
+            Waiting(comm, Completed(error), torch.ones(1), "here").wait()
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_collective_that_completes_as_its_wait_times_out_ends_as_it_ended():
+    for rank, (late, lost) in enumerate(on_processes(2, wait_for_completed)):
+        assert f"rank {rank} waited 30 s in 'here'" in late
+        assert "the process group failed" in lost and "Connection closed by peer" in lost
+
+
+def notes_of_groups_beside(rank):
+    comm = GroupComm()
+    return [other._post(0) for other in (comm, comm.beside(), comm.beside())]
+
+
+def test_groups_beside_the_same_group_do_not_mix_up_their_notes():
+    first, second = on_processes(2, notes_of_groups_beside)
+    assert first == second and len(set(first)) == 3
 
 
 def train_on_hosts(rank, hosts, runs):
@@ -897,3 +974,14 @@ def sync_on_rank_0(rank):
 def test_rounds_of_different_dtypes_are_told_apart():
     for kind, found in outcomes(2, sync_on_rank_0, timeout=20):
         assert kind == "error" and found[0] == "RankError", found
+
+
+def test_a_worker_whose_thread_cannot_start_tries_again(monkeypatch):
+    worker = Worker("late", Failure())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            worker.submit(lambda: None)
+    done = []
+    worker.submit(lambda: done.append(1)).wait()
+    assert done == [1]

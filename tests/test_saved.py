@@ -297,3 +297,12 @@ def test_a_save_that_loses_a_rank_takes_away_what_it_began(tmp_path, monkeypatch
         zerolite.save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
     zerolite.save_pretrained(model, tmp_path)  # nor is the folder held
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_kept_locked(tmp_path, monkeypatch):
+    items = [saved.Item(f"p{k}", torch.float32, torch.Size([4])) for k in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", lambda self: (_ for _ in ()).throw(PermissionError("no")))
+        with pytest.raises(PermissionError):
+            saved.Files(tmp_path, items, 16)
+    saved.Files(tmp_path, items, 16).unlock()

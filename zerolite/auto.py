@@ -48,10 +48,10 @@ def settle(
     outcome = comm.share(outcome, "set-up plan")[0]
     if outcome is not None and outcome[0] == "refused":
         raise DoesNotFit(outcome[1])
+    if outcome is not None and outcome[0] == "failed":  # also where this rank has other options than rank 0
+        raise ValueError(f"stage='auto': {outcome[1]}" if is_auto(options["stage"]) else f"on rank 0: {outcome[1]}")
     if not left or outcome is None:
         return options, ()
-    if outcome[0] == "failed":
-        raise ValueError(f"stage='auto': {outcome[1]}" if is_auto(options["stage"]) else str(outcome[1]))
     return {**options, **{name: outcome[1][name] for name in left}}, outcome[2]
 
 

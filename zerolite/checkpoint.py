@@ -134,7 +134,7 @@ def read_piece(bucket: Bucket, number: int, piece: Piece, entry: Entry) -> dict[
     """The state of one piece; elements are views (rounded moments in fp32), the master a new tensor."""
     values = state_of(bucket).read(number)
     if state_of(bucket).counted:
-        values = {"step": torch.tensor(float(entry.steps), dtype=torch.float32), **values}
+        values = {"step": torch.tensor(float(entry.steps), dtype=torch.float32, device="cpu"), **values}
     if bucket.rest.numel():
         values["master"] = bucket.master(range_of(piece))
     return values

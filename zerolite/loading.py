@@ -325,5 +325,5 @@ def _flat_piece(name: str, value: Any, entry: Entry, piece: Piece) -> Any:
         return value
     assert entry.bucket is not None
     like = entry.bucket.views[entry.slot]
-    ordered = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype).copy_(value)
+    ordered = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device="cpu").copy_(value)
     return ordered.as_strided((ordered.numel(),), (1,))[piece.start : piece.stop]

@@ -82,7 +82,7 @@ class FloatMoments(_Stored):
     def update(
         self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
     ) -> None:
-        table = torch.tensor([row[:-1] for row in rows], dtype=torch.float32)
+        table = torch.tensor([row[:-1] for row in rows], dtype=torch.float32, device="cpu")
         reduce_adam_(param, rest, self.m, self.v, sources, spans, table, mean)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class _Rounded(_Stored):
     def update(
         self, param: Tensor, rest: Tensor, sources: list[Tensor], spans: Tensor, rows: list[tuple[float, ...]], mean: float
     ) -> None:
-        table = torch.tensor(rows, dtype=torch.float32)
+        table = torch.tensor(rows, dtype=torch.float32, device="cpu")
         reduce_adam_moments_(param, rest, self.m, self.v, self.scales, sources, spans, table, mean)
 
 

@@ -70,7 +70,7 @@ def _square_norms(reducer: Reducer, entries: list[Entry]) -> list[float]:
 
 def _extreme_norms(reducer: Reducer, entries: list[Entry], order: float) -> list[float]:
     sign = 1.0 if order > 0 else -1.0
-    found = torch.full((len(entries),), -math.inf, dtype=torch.float64)
+    found = torch.full((len(entries),), -math.inf, dtype=torch.float64, device="cpu")
     for average, parts in _pieces(reducer):
         for piece, entry in parts:
             part = average[piece.offset : piece.offset + piece.stop - piece.start].abs()
@@ -81,7 +81,7 @@ def _extreme_norms(reducer: Reducer, entries: list[Entry], order: float) -> list
 
 
 def _power_norms(reducer: Reducer, entries: list[Entry], order: float) -> list[float]:
-    sums = torch.zeros(len(entries), _WORDS, dtype=torch.int64)
+    sums = torch.zeros(len(entries), _WORDS, dtype=torch.int64, device="cpu")
     for average, parts in _pieces(reducer):
         for piece, entry in parts:
             x = average[piece.offset : piece.offset + piece.stop - piece.start].double().abs()
@@ -116,12 +116,12 @@ def exact_sum(values: Tensor) -> Tensor:
     mantissa, exponent = torch.where(finite, mantissa, 0.0), torch.where(finite, exponent, 0).long()
     whole = (mantissa * 2.0**53).long()
     bins = (exponent + 1073).clamp(min=0)  # value = whole * 2^(exponent - 53); the smallest exponent is -1073
-    low = torch.zeros(2098, dtype=torch.int64).scatter_add_(0, bins, whole & 0x3FFFFFF)
-    high = torch.zeros(2098, dtype=torch.int64).scatter_add_(0, bins, whole >> 26)
+    low = torch.zeros(2098, dtype=torch.int64, device="cpu").scatter_add_(0, bins, whole & 0x3FFFFFF)
+    high = torch.zeros(2098, dtype=torch.int64, device="cpu").scatter_add_(0, bins, whole >> 26)
     used = torch.nonzero(low | high).flatten().tolist()
     total = sum(((int(high[k]) << 26) + int(low[k])) << k for k in used)
     words = [(total >> (32 * k)) & 0xFFFFFFFF for k in range(_WORDS - 1)]
-    return torch.tensor([*words, int((~finite).sum())], dtype=torch.int64)
+    return torch.tensor([*words, int((~finite).sum())], dtype=torch.int64, device="cpu")
 
 
 def _value(row: list[int]) -> float:

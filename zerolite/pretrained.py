@@ -193,6 +193,6 @@ def _reordered(bucket: Bucket, entry: Entry, piece: Piece, stored: Stored) -> Te
     """One piece of a parameter whose memory is in another order than the file's (channels_last): read whole."""
     like = bucket.views[entry.slot]
     assert stored.dtype is not None
-    ordered = torch.empty_strided(like.shape, like.stride(), dtype=stored.dtype)
+    ordered = torch.empty_strided(like.shape, like.stride(), dtype=stored.dtype, device="cpu")
     ordered.copy_(stored.read(0, stored.numel).view(stored.shape))
     return ordered.as_strided((ordered.numel(),), (1,))[piece.start : piece.stop]

@@ -36,7 +36,7 @@ def probe(optimizer: torch.optim.Optimizer) -> int:
 
 def _probe_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int:
     generator = torch.Generator().manual_seed(0)
-    start, *grads = (torch.randn(8, 16, generator=generator, dtype=torch.float32) for _ in range(4))
+    start, *grads = (torch.randn(8, 16, generator=generator, dtype=torch.float32, device="cpu") for _ in range(4))
     name = type(optimizer).__name__
     lr = group.get("lr")
     if lr is not None and abs(float(lr)) < _LEAST_LR:

@@ -156,7 +156,7 @@ def measure() -> Rates:
 
 
 def _measure() -> Rates:
-    sources = [torch.ones(ELEMENTS, dtype=torch.bfloat16) for _ in range(2)]
+    sources = [torch.ones(ELEMENTS, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
     out = torch.zeros_like(sources[0])
     before = threads()
     set_threads(usable_cores())  # torchrun sets one thread for each rank; the rates are the host's
@@ -183,9 +183,9 @@ def _update(name: str) -> float:
     """ns a parameter of one fused update: bf16 gradient, parameter and remainder."""
     numel = ELEMENTS if kernels_in_use() != "reference" else ELEMENTS // 16
     moments = MOMENTS[name](numel, Room(torch.device("cpu")))
-    param, rest = torch.ones(numel, dtype=torch.bfloat16), torch.zeros(numel, dtype=torch.int16)
-    grad = torch.full((numel,), 1e-3, dtype=torch.bfloat16)
-    spans = torch.tensor([[0, numel, 0]])
+    param, rest = torch.ones(numel, dtype=torch.bfloat16, device="cpu"), torch.zeros(numel, dtype=torch.int16, device="cpu")
+    grad = torch.full((numel,), 1e-3, dtype=torch.bfloat16, device="cpu")
+    spans = torch.tensor([[0, numel, 0]], device="cpu")
     return _best(lambda: moments.update(param, rest, [grad], spans, [_STEP], 1.0)) / numel
 
 

@@ -246,7 +246,7 @@ class Reducer:
     def settle(self, what: str) -> None:
         """Every rank's gradients have gone out (a collective; ranks agree first on whether anything is open)."""
         self.wait()
-        state = torch.tensor([int(self.open), int(self.local)])
+        state = torch.tensor([int(self.open), int(self.local)], device="cpu")
         self.comm.max_(state, what)
         self.open, self.local = bool(state[0]), bool(state[1])
         self.flush()
@@ -262,7 +262,7 @@ class Reducer:
         mine = [*present, *late, *again, *self.told]
         mark, options = zlib.crc32(bytes(mine)), self._options() if self.plan.step_in_backward else []
         told = [mark, _checksum(options)] if self.plan.step_in_backward else [mark]
-        marks = torch.tensor([sign * value for value in told for sign in (1, -1)])
+        marks = torch.tensor([sign * value for value in told for sign in (1, -1)], device="cpu")
         self.comm.max_(marks, what)
         if self.plan.step_in_backward and int(marks[2]) != -int(marks[3]):
             self._refuse_options(options, "This backward has updated parameters with them (step_in_backward=True).")
@@ -296,7 +296,7 @@ class Reducer:
             )
 
     def _union(self, present: list[bool], what: str) -> list[bool]:
-        flags = torch.tensor(present, dtype=torch.int64)
+        flags = torch.tensor(present, dtype=torch.int64, device="cpu")
         self.comm.max_(flags, what)
         return [bool(flag) for flag in flags.tolist()]
 
@@ -318,7 +318,7 @@ class Reducer:
         values = [digest, -digest, int(self.suspect), int(self.open), int(self.local)]
         options = self._options()
         values += [sign * mark for mark in (*marks, _checksum(options)) for sign in (1, -1)]
-        agreed = torch.tensor(values)
+        agreed = torch.tensor(values, device="cpu")
         self.comm.max_(agreed, "step agreement")
         if int(agreed[0]) != -int(agreed[1]):
             recent = self.comm.share(list(ledger.recent), "step disagreement")

@@ -64,7 +64,7 @@ class Stored:
     def read(self, start: int, stop: int) -> Tensor:
         """Elements [start, stop) in row-major order, 1D, in the file's dtype. Raises OSError where the file is short."""
         assert self.dtype is not None
-        out = torch.empty(stop - start, dtype=self.dtype)
+        out = torch.empty(stop - start, dtype=self.dtype, device="cpu")
         width = self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * width)

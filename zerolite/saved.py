@@ -144,17 +144,24 @@ class Files:
             self.parts[-1].append(item)
             size += item.nbytes
         self.names = [SINGLE]
-        number = 0
-        # Several files have names that are free: an earlier save is valid until the index is replaced.
-        while len(self.parts) > 1 and (number == 0 or any((folder / name).exists() for name in self.names)):
-            stem = f"model_{number}" if number else "model"
-            self.names = [f"{stem}-{k:05}-of-{len(self.parts):05}.safetensors" for k in range(1, len(self.parts) + 1)]
-            number += 1
+        try:
+            self._name()
+        except BaseException:
+            self.unlock()
+            raise
         self.todo = ((k, item) for k, part in enumerate(self.parts) for item in part)
         self.open: Any = None
         self.at = -1
         self.placed = False  # all new files
         self.places: dict[str, int] = {}  # in the file under way
+
+    def _name(self) -> None:
+        """Several files have names that are free: an earlier save is valid until the index is replaced."""
+        number = 0
+        while len(self.parts) > 1 and (number == 0 or any((self.folder / name).exists() for name in self.names)):
+            stem = f"model_{number}" if number else "model"
+            self.names = [f"{stem}-{k:05}-of-{len(self.parts):05}.safetensors" for k in range(1, len(self.parts) + 1)]
+            number += 1
 
     def _new(self, name: str) -> Path:
         return self.folder / f"{name}.new"

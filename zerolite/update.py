@@ -154,7 +154,7 @@ class AdamWork:
 
     def __call__(self, param: Tensor, rest: Tensor, sources: list[Tensor], mean: float) -> None:
         if self.spans:
-            self.moments.update(param, rest, sources, torch.tensor(self.spans), self.table, mean)
+            self.moments.update(param, rest, sources, torch.tensor(self.spans, device="cpu"), self.table, mean)
 
     def cut(self, start: int, stop: int) -> AdamWork | None:
         """The part in the element range [start, stop), which begins with a group; None where there is nothing to do."""

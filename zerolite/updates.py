@@ -365,5 +365,5 @@ def make_updates(
         ways.append(Streamed("stream", failure, Stream(link, device)))
     side = comm.beside() if plan.publishes and not isinstance(comm, PinnedComm) else None
     if side is not None:  # a group begins with its first call: now, in this thread
-        side.max_(torch.zeros(1, dtype=torch.int64), "set-up updates")
+        side.max_(torch.zeros(1, dtype=torch.int64, device="cpu"), "set-up updates")
     return Apart(link, ways, failure, side, overlap), staging

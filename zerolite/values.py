@@ -199,12 +199,12 @@ def _plain(buffer: Tensor) -> Tensor:
 
 
 def nans(count: int) -> Tensor:
-    return torch.full((count,), float("nan"))
+    return torch.full((count,), float("nan"), device="cpu")
 
 
 def blank(p: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN of a parameter's shape and dense strides."""
-    return torch.empty_strided(p.shape, dense_strides(p), dtype=dtype).fill_(float("nan"))
+    return torch.empty_strided(p.shape, dense_strides(p), dtype=dtype, device="cpu").fill_(float("nan"))
 
 
 def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn.Module | None, comm: Comm) -> None:

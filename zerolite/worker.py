@@ -76,8 +76,8 @@ class Worker:
         """Hands over a job."""
         self.failure.check()
         if not self._started:
-            self._started = True
             threading.Thread(target=_serve, args=(self._jobs,), daemon=True, name=self.name).start()
+            self._started = True  # not where threads have run out: the next job tries again
             weakref.finalize(self, self._jobs.put, None)
         self._last = job = Job(self.failure, self._process)
         self._jobs.put((run, job))

@@ -79,13 +79,20 @@ class Waiting:
         try:
             self.work.wait(datetime.timedelta(seconds=patience))
         except RuntimeError as error:
-            late = "timed out" in str(error).lower()
-            if late and self.work.is_completed():  # the group's own clock was first
-                raise self.comm.late(self.what) from error
-            if self.work.is_completed() or not late:
-                raise self.comm.lost(self.what, error) from error
-            return False
+            if not self.work.is_completed():
+                if "timed out" not in str(error).lower():
+                    raise self.comm.lost(self.what, error) from error
+                return False
+            self._end()
         return True
+
+    def _end(self) -> None:
+        """Raises what a completed collective ended with (one may complete just after a wait for it has timed out)."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            late = "timed out" in str(error).lower()  # by the group's own clock
+            raise (self.comm.late(self.what) if late else self.comm.lost(self.what, error)) from error
 
 
 class _Store:
@@ -176,19 +183,26 @@ class GroupComm:
 
     def share(self, value: Any, what: str) -> list[Any]:
         self.ledger.enter(what, 0)
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        count, room = torch.tensor([len(data)]).view(torch.uint8), _SHORT
+        data, problem = _pickled(value)
+        count, room = torch.tensor([len(data)], device="cpu").view(torch.uint8), _SHORT
         while True:  # once for what is short, as most is; else again, with room for the longest
-            mine = torch.zeros(len(count) + room, dtype=torch.uint8)
+            mine = torch.zeros(len(count) + room, dtype=torch.uint8, device="cpu")
             mine[: len(count)], mine[len(count) :][: len(data)] = count, data[:room]
             mine = mine.to(self.control)
             all_ = torch.empty(self.size * len(mine), dtype=torch.uint8, device=self.control)
             gather = functools.partial(_all_gather, all_, mine, group=self.group, async_op=True)
             rows = self._start(what, all_, gather).wait().cpu().view(self.size, -1)
-            counts = rows[:, : len(count)].contiguous().view(torch.int64).flatten().tolist()
+            counts = rows[:, : len(count)].reshape(-1).view(torch.int64).tolist()
             if max(counts) <= room:
-                return [pickle.loads(bytes(row[len(count) :][:n].numpy())) for row, n in zip(rows, counts, strict=True)]
+                break
             room = max(counts)
+        values = [pickle.loads(bytes(row[len(count) :][:n].numpy())) for row, n in zip(rows, counts, strict=True)]
+        if problem is not None:
+            raise problem
+        for rank, found in enumerate(values):
+            if isinstance(found, _Unsent):
+                raise RankError(f"rank {rank} in '{what}': what it tells the others has to be picklable, and is not ({found}).")
+        return values
 
     def lanes(self, specs: Sequence[LaneSpec], device: torch.device) -> list[Lane]:
         kinds = {False: MessageLane, True: ScatterLane}
@@ -212,7 +226,7 @@ class GroupComm:
         timeout = datetime.timedelta(seconds=self.timeout)
         backend = dist.get_backend_config(self.group)
         group = dist.new_group(self.members, timeout=timeout, backend=backend, use_local_synchronization=some)
-        return GroupComm(group, self.tag + "+")
+        return GroupComm(group, f"{self.tag}+{group.group_name}")
 
     def close(self) -> None:
         """Gives back what `beside` made (every rank calls it). A group of some ranks stays: torch would give the next one its
@@ -336,6 +350,20 @@ def _timeout(group: Any, device: torch.device) -> float:
         return group._get_backend(device).options._timeout.total_seconds()
     except (RuntimeError, AttributeError):
         return dist.constants.default_pg_timeout.total_seconds()
+
+
+class _Unsent(str):
+    """Why a value cannot be pickled, in its place."""
+
+
+def _pickled(value: Any) -> tuple[Tensor, Exception | None]:
+    """The bytes of a value; else what tells the other ranks, who wait for them, and the error."""
+    problem = None
+    try:
+        data = pickle.dumps(value)
+    except Exception as error:  # whatever a class of the user's raises
+        problem, data = error, pickle.dumps(_Unsent(f"{type(error).__name__}: {error}"))
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8), problem
 
 
 def _bytes(t: Tensor) -> int:
