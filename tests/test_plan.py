@@ -295,7 +295,7 @@ def heard_peak(rank, runs, clip):
 
 @pytest.mark.parametrize("shared", ["0", "1"])
 def test_the_peak_of_processes_is_the_planned_one_within_a_bucket(shared):
-    runs = [Run(stage=s, dtype=torch.bfloat16, bucket_mb=1e-3, micro=micro) for s in (0, 1, 2, 3) for micro in (1, 2, 3, 4)]
+    runs = [Run(stage=s, dtype=torch.bfloat16, bucket_mb=1e-3, micro=micro) for s in (0, 1, 2, 3) for micro in (1, 3)]
     runs.append(Run(stage=3, dtype=torch.bfloat16, bucket_mb=1e-3, more=(("step_in_backward", True),)))
     for found in on_processes(2, heard_peak, runs, True, env={"ZEROLITE_SHARED": shared}, timeout=60.0):
         for run, (planned, sample, bucket) in zip(runs, found, strict=True):

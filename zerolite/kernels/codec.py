@@ -99,7 +99,7 @@ def decode_groups(m: Tensor, v: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]
 
 def dice_of(p: Tensor, g: Tensor, step: float) -> Tensor:
     """32 bits an element that look uniform: a hash of master, gradient and step, of no position."""
-    salt = int(_bits(torch.tensor([step], dtype=torch.float32))) * 0x9E3779B1 & _WORD
+    salt = int(_bits(torch.tensor([step], dtype=torch.float32, device="cpu"))) * 0x9E3779B1 & _WORD
     turned = (_bits(g) << 16 | _bits(g) >> 16) & _WORD
     return _times(_bits(p) ^ salt ^ turned, 0x85EBCA6B)
 

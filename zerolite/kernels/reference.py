@@ -109,7 +109,7 @@ def square_sum_(sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float)
         total += sum(((high[e] << 24) + low[e]) << max(2 * e - 2, 0) for e in range(255))
         words = [(total >> (32 * k)) & 0xFFFFFFFF for k in range(LIMBS - 1)]
         nonfinite = int(sums[row, LIMBS - 1]) + int((exponent == 255).sum())
-        sums[row] = torch.tensor([*words, nonfinite], dtype=torch.int64)
+        sums[row] = torch.tensor([*words, nonfinite], dtype=torch.int64, device="cpu")
 
 
 def reduce_squares_(out: Tensor, sums: Tensor, sources: list[Tensor], spans: Tensor, mean: float) -> None:
@@ -187,8 +187,8 @@ def square_roots(sums: Tensor) -> list[float]:
 
 def square_root(limbs: list[int]) -> float:
     """`square_roots` of one row."""
-    return square_roots(torch.tensor([limbs]))[0]
+    return square_roots(torch.tensor([limbs], device="cpu"))[0]
 
 
 def _fp32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float32).item()
+    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
