@@ -98,8 +98,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "step_in_backward": step_in_backward,
         }
         options, reasons = settle(optimizer, model, options, comm)
-        with torch.device("cpu"):  # not the program's default device
-            built = build(optimizer, model, options, comm)
+        built = build(optimizer, model, options, comm)
         built.checked.plan = replace(built.checked.plan, reasons=reasons)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._inner = optimizer

@@ -23,6 +23,7 @@ from zerolite.entry import Entry
 from zerolite.kernels import split_
 from zerolite.layout import Piece
 from zerolite.meta import Recipes, groups, is_left, lost_buffer, make_real
+from zerolite.partition import device_of
 
 
 def begin(bucket: Bucket) -> None:
@@ -170,7 +171,7 @@ class Materialise:
         for name in asleep:
             buffer = module._buffers[name]
             assert buffer is not None
-            module._buffers[name] = woken = torch.empty_like(buffer, device=torch.get_default_device())
+            module._buffers[name] = woken = torch.empty_like(buffer, device=device_of(()))
             _plain(woken).fill_(_nothing(woken.dtype))
         if asleep:
             self._woken[module] = asleep
@@ -203,8 +204,8 @@ def nans(count: int) -> Tensor:
 
 
 def blank(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaN of a parameter's shape and dense strides."""
-    return torch.empty_strided(p.shape, dense_strides(p), dtype=dtype, device="cpu").fill_(float("nan"))
+    """NaN of a parameter's shape and dense strides, where its model would have been built."""
+    return torch.empty_strided(p.shape, dense_strides(p), dtype=dtype, device=device_of(())).fill_(float("nan"))
 
 
 def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn.Module | None, comm: Comm) -> None:
