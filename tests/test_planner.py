@@ -454,6 +454,14 @@ def test_a_model_on_the_meta_device_is_planned_where_it_will_be_built(monkeypatc
     assert partition.device_of(seeded(Net).parameters()).type == "cpu"
 
 
+def test_an_update_that_the_wrapper_refuses_is_refused_by_the_plan():
+    model = nn.Linear(4, 4)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (zerolite.plan, lambda model, **options: zerolite.ZeroOptimizer(options.pop("optimizer"), model, **options)):
+        with pytest.raises(ValueError, match=r"update='stream': expected torch.optim.Adam or AdamW without amsgrad, got SGD"):
+            call(model, optimizer=sgd, stage=2, offload="states", update="stream")
+
+
 def test_optimizers_whose_step_runs_on_the_host_are_planned_without_chunks():
     model = nn.Linear(64, 64)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

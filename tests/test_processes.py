@@ -137,6 +137,29 @@ def test_a_default_device_does_not_reach_what_ranks_tell_each_other(env):
     assert equal(first, second) and equal(first, on_processes(2, train_where_tensors_are_meta, 1, env=env)[0])
 
 
+class Schedule:
+    """What a user keeps in a param group; its repr is another one in each process, as an address is."""
+
+    def __repr__(self):
+        return f"<Schedule of {os.getpid()}>"
+
+
+def build_with_objects(rank, other):
+    p = nn.Parameter(torch.ones(3))
+    group = {"params": [p], "schedule": Schedule(), "lr": torch.tensor(0.1), "decay": 0.5 + (rank if other else 0)}
+    optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW([group]), stage=1)
+    p.sum().backward()
+    optimizer.step()
+    return p.tolist()
+
+
+def test_objects_in_param_groups_are_told_apart_by_their_type():
+    first, second = on_processes(2, build_with_objects, False)
+    assert first == second and first[0] < 1
+    for kind, value in outcomes(2, build_with_objects, True):
+        assert kind == "error" and value[0] == "ValueError" and "ranks differ" in value[1] and "'decay': 1.5" in value[1]
+
+
 class Completed:
     """A collective that completes just after the first wait for it has timed out."""
 

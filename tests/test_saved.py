@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -306,3 +307,25 @@ def test_a_folder_that_cannot_be_looked_at_is_not_kept_locked(tmp_path, monkeypa
         with pytest.raises(PermissionError):
             saved.Files(tmp_path, items, 16)
     saved.Files(tmp_path, items, 16).unlock()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_buffers_that_repeat_memory_or_are_lazily_conjugate_come_back(tmp_path, stage):
+    model = nn.Linear(3, 3)
+    model.register_buffer("one", torch.full((1,), 2.0).expand(4))
+    model.register_buffer("conjugate", torch.tensor([1 + 2j, 3j]).conj())
+    model.register_buffer("negative", torch.tensor([1 + 2j, 3j]).conj().imag)
+    expected = {name: value.clone() for name, value in model.named_buffers()}
+
+    def save(comm):
+        other = copy.deepcopy(model)
+        optimizer = zerolite.ZeroOptimizer(torch.optim.AdamW(other.parameters()), other, stage=stage, process_group=comm)
+        zerolite.save_pretrained(other, tmp_path)
+        for value in other.buffers():
+            value[:1].fill_(7)
+        zerolite.load_pretrained(other, tmp_path)
+        del optimizer
+        return {name: value.clone() for name, value in other.named_buffers()}
+
+    for found in on_threads(2, save):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

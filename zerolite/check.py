@@ -28,7 +28,7 @@ from zerolite.partition import (
     names_of,
 )
 from zerolite.placement import Plan, make_plan
-from zerolite.update import Rule, make_rule
+from zerolite.update import Rule, make_rule, told
 
 
 @dataclass
@@ -82,12 +82,7 @@ def check(optimizer: Any, model: nn.Module | None, options: dict[str, Any], comm
     for entry in entries:
         check_compute_dtype(entry.name, entry.param, dtype)
     classes = options["units"] if plan.params.sharded else None
-    rule = make_rule(optimizer, options["moments"])
-    if options["update"] == "stream" and not rule.threaded:
-        raise ValueError(
-            f"update='stream': expected torch.optim.Adam or AdamW without amsgrad, got {type(optimizer).__name__}, whose step "
-            "runs on the host. Use update='auto'."
-        )
+    rule = make_rule(optimizer, options["moments"], options["update"])
     return Checked(
         plan, rule, entries, specs, dtype, classes, limit, device, link_for(device), options["overlap"], options["update"]
     )
@@ -170,7 +165,7 @@ def describe(checked: Checked, optimizer: torch.optim.Optimizer, model: nn.Modul
         p = entry.param
         lines.append(f"parameter '{entry.name}' {tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}")
     for number, group in enumerate(optimizer.param_groups):
-        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        values = {k: told(v) for k, v in group.items() if k not in ("params", "param_names")}
         lines.append(f"group {number}: {len(group['params'])} parameters, {values}")
     for name, buffer in model.named_buffers() if model is not None else []:
         lines.append(f"buffer '{name}' {tuple(buffer.shape)} {buffer.dtype}")

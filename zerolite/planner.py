@@ -142,7 +142,7 @@ class Question:
         width, group = rule.width, rule.group_width
         setting = self.setting
         if self.optimizer is not None:
-            rule = make_rule(self.optimizer, moments)
+            rule = make_rule(self.optimizer, moments, self.options["update"])
             width, group = rule.width, rule.group_width
             if not rule.threaded:
                 setting = replace(setting, stream=False, feed=feed_size("host", False))
@@ -355,7 +355,7 @@ def question_of(
     setting = Setting(here, shared, device, update != "host", micro_batches, bool(clip), saved, feed=feed_size(update, True))
     classes = tuple(units) if isinstance(units, Iterable) else units  # read more than once
     options: dict[str, Any] = {"units": classes, "bucket_mb": bucket_mb, "param_dtype": param_dtype}
-    options |= {"resident": resident, "gradients": gradients, "step_in_backward": step_in_backward}
+    options |= {"resident": resident, "gradients": gradients, "step_in_backward": step_in_backward, "update": update}
     return Question(model, params, optimizer, options, world, setting, device_bytes), what
 
 

@@ -18,7 +18,7 @@ from zerolite.build import BUILT, Built
 from zerolite.layout import Piece
 from zerolite.safetensors import Stored, digest, open_files
 from zerolite.together import together
-from zerolite.values import begin, end, put
+from zerolite.values import begin, end, put, written_once
 
 CHUNK = 1 << 20  # elements that a rank reads at once
 SHOWN = 8  # names in an error
@@ -81,7 +81,8 @@ def load_pretrained(
             whole = [(t, s) for t, s in [*wanted.params.items(), *wanted.buffers.items()] if t not in covered]
             for tensor, stored in whole:
                 with torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(stored.read(0, stored.numel).view(stored.shape))
+                    once = written_once(tensor)
+                    tensor[once].copy_(stored.read(0, stored.numel).view(stored.shape)[once])
         except Exception as error:
             problem = error
         together(built.comm, "set-up pretrained values", problem, None, _DOING, _DIFFER)

@@ -176,7 +176,7 @@ class Files:
             head, self.places = header(self.parts[number])
             self.open.write(head)
         self.open.seek(self.places[item.name])
-        flat = values.to("cpu", item.dtype).contiguous().view(-1)
+        flat = values.to("cpu", item.dtype).resolve_conj().resolve_neg().contiguous().view(-1)
         if flat.numel():
             self.open.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 

@@ -282,10 +282,10 @@ def _own(value: Any, device: torch.device) -> Any:
     return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
-def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32") -> Rule:
-    """The rule for an optimizer instance and a storage of moments.
+def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32", update: str = "auto") -> Rule:
+    """The rule for an optimizer instance, a storage of moments and a way of an offloaded update.
 
-    Raises NotImplementedError where its update is not elementwise, ValueError where it has no such moments.
+    Raises NotImplementedError where its update is not elementwise, ValueError where it has no such moments or way.
     """
     if not isinstance(moments, str) or moments not in MOMENTS:
         raise ValueError(f"moments: expected one of {', '.join(map(repr, MOMENTS))}, got {moments!r}")
@@ -297,6 +297,11 @@ def make_rule(optimizer: torch.optim.Optimizer, moments: str = "fp32") -> Rule:
         raise ValueError(
             f"moments={moments!r}: expected torch.optim.Adam or AdamW without amsgrad, got {_describe(optimizer)}. "
             "Use one of them or moments='fp32'."
+        )
+    if update == "stream":
+        raise ValueError(
+            f"update='stream': expected torch.optim.Adam or AdamW without amsgrad, got {_describe(optimizer)}, whose step "
+            "runs on the host. Use update='auto'."
         )
     return TorchRule(optimizer)
 
@@ -330,21 +335,21 @@ def _part(piece: Piece) -> slice:
 
 def comparable(groups: Iterable[dict[str, Any]], names: Sequence[str]) -> list[tuple[object, ...]]:
     """Options of these names of param groups, as far as ranks can compare them."""
-    return [tuple(v if type(v) in _PLAIN else _plain(v) for v in map(group.get, names)) for group in groups]
+    return [tuple(v if type(v) in _PLAIN else told(v) for v in map(group.get, names)) for group in groups]
 
 
 _PLAIN = {float, int, bool, str, type(None)}
 
 
-def _plain(value: Any, deep: bool = False) -> object:
-    """A number, or numbers, whatever holds them; else the type."""
+def told(value: Any, deep: bool = False) -> object:
+    """What ranks compare of an option: a number, or numbers, whatever holds them; else the type."""
     try:
         if isinstance(value, Tensor):
             return value.item() if value.numel() == 1 else (tuple(value.shape), str(value.dtype))
         if type(value) in _PLAIN:
             return value
         if isinstance(value, (tuple, list)) and not deep:
-            return tuple(_plain(part, True) for part in value)
+            return tuple(told(part, True) for part in value)
         return value.item() if hasattr(value, "item") else type(value).__name__
     except Exception:  # of another library's number, a tensor on the meta device
         return type(value).__name__

@@ -232,10 +232,15 @@ def copy_the_rest(entries: Sequence[Entry], dtype: torch.dtype | None, model: nn
             _copy_from_rank_0(buffer, f"set-up buffer {name}", comm)
 
 
+def written_once(tensor: Tensor) -> tuple[slice, ...]:
+    """The index of what is to be written of a tensor that may repeat memory (expand())."""
+    return tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+
+
 def _copy_from_rank_0(tensor: Tensor, what: str, comm: Comm) -> None:
-    """Bytes of a dense copy, so that any dtype and any strides travel; a tensor that repeats memory is written once."""
-    dense = tensor.detach().contiguous().clone()
+    """Bytes of a dense copy, so that any dtype and any strides travel."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous().clone()
     comm.broadcast_(dense.view(-1).view(torch.uint8), what)
-    index = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    once = written_once(tensor)
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # a buffer that an evaluation made
-        tensor[index].copy_(dense[index])
+        tensor[once].copy_(dense[once])
