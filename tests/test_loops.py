@@ -6,6 +6,7 @@ Rank r of N sees the loss on its own tokens; the plain loop sees the mean over a
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -815,3 +816,52 @@ def test_a_default_device_of_the_program_changes_nothing(stage, offload, moments
             torch.set_default_device(None)
 
     assert equal(result("meta"), result(None))
+
+
+def test_all_ranks_skip_a_step_for_an_assigned_gradient_of_one():
+    def body(comm):
+        model = seeded(Net)
+        optimizer = zerolite.ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, stage=2, process_group=comm)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        found = []
+        for bad in (True, False):
+            before = [p.detach().clone() for p in model.parameters()]
+            scaler.scale(loss_of(model, tokens_for(0, 0, comm.rank))).backward()
+            grad = model.scale.grad.clone()
+            model.scale.grad = grad * (math.inf if bad and comm.rank == 1 else 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            found.append((scaler.get_scale(), equal(before, [p.detach() for p in model.parameters()])))
+        return found
+
+    assert on_threads(2, body, timeout=20.0) == [[(2.0, True), (2.0, False)]] * 2
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_a_hook_that_raises_after_autograd_has_added_leaves_nothing_behind(clear):
+    def body(comm, fails):
+        model, armed = seeded(Net), []
+
+        def hook(p):
+            if armed:
+                armed.clear()
+                raise ValueError("out of memory")
+
+        model.head.weight.register_post_accumulate_grad_hook(hook)
+        optimizer = zerolite.ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, stage=2, process_group=comm)
+        for step in range(2):
+            if fails and step == 0:
+                loss_of(model, tokens_for(9, 0, 0)).backward()
+                armed.append(True)
+                with pytest.raises(ValueError, match="out of memory"):
+                    loss_of(model, tokens_for(9, 1, 0)).backward()
+                (optimizer if clear == "optimizer" else model).zero_grad()
+            loss_of(model, tokens_for(step, 0, 0)).backward()
+            loss_of(model, tokens_for(step, 1, 0)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    assert equal(body(LocalComm(), True), body(LocalComm(), False))

@@ -18,8 +18,7 @@ from zerolite.reducer import History, Reducer, grads_of
 from zerolite.views import Views, owned
 
 _strided = torch.strided
-_grad = attrgetter("grad")
-_row, _incoming = attrgetter("row"), attrgetter("incoming")
+_grad, _row, _incoming = attrgetter("grad"), attrgetter("row"), attrgetter("incoming")
 _place = attrgetter("device", "dtype")
 _nothing: deque[None] = deque(maxlen=0)  # its extend() runs an iterator to its end
 _UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
@@ -232,13 +231,13 @@ class Grads:
             self._norms = (self.reducer.moment, known)
         return known[order]
 
-    def finite(self) -> bool:
-        """Whether all averaged gradients are finite, the same answer on every rank (a collective)."""
+    def finite(self, bad: bool = False) -> bool:
+        """Whether all averaged gradients are finite, and no rank has a `bad` one beside: on every rank alike (a collective)."""
         self.reducer.settle("norm agreement")
-        suspect = self.reducer.suspect.clone()
-        self.reducer.comm.max_(suspect, "norm finite")
-        self.reducer.suspect.copy_(suspect)
-        return self.reducer.finite()
+        found = self.reducer.suspect.new_tensor([int(self.reducer.suspect), bad])
+        self.reducer.comm.max_(found, "norm finite")
+        self.reducer.suspect.copy_(found[:1])
+        return self.reducer.finite() and not bool(found[1])
 
     def read(self, entry: Entry) -> Tensor:
         """The averaged gradient with its factors, whole (a collective). Shape of the parameter, the handle's dtype."""
@@ -267,6 +266,7 @@ class Grads:
         grads.discard(entry.slot)
         self.written.pop(entry.index, None)
         self.views.drop(entry.index)
+        self.table.forget(entry.handle)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -358,6 +358,7 @@ class Grads:
         table = self.table
         self._reset()
         table.clear()
+        table.forget()
         if set_to_none:
             _nothing.extend(map(setattr, table.params, repeat("grad"), repeat(None)))
         self._renew(repeat(True))
