@@ -62,13 +62,6 @@ class Table:
         self.state[:] = [state] * len(self.state)
         self.factors[:] = [1.0] * len(self.factors)
 
-    def forget(self, *handles: Tensor | None) -> None:
-        """Gradients are cleared: what autograd has added to handles (all, if none is named) is of a backward that failed before
-        the hook which takes it."""
-        for handle in handles or self.handles:
-            if handle is not None:
-                handle.incoming = None  # type: ignore[attr-defined]
-
 
 #: Who trains a parameter, for as long as that lives and has not been closed.
 TRAINED: WeakIdKeyDictionary = WeakIdKeyDictionary()

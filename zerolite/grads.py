@@ -18,7 +18,7 @@ from zerolite.reducer import History, Reducer, grads_of
 from zerolite.views import Views, owned
 
 _strided = torch.strided
-_grad, _row, _incoming = attrgetter("grad"), attrgetter("row"), attrgetter("incoming")
+_grad, _row = attrgetter("grad"), attrgetter("row")
 _place = attrgetter("device", "dtype")
 _nothing: deque[None] = deque(maxlen=0)  # its extend() runs an iterator to its end
 _UNSHARED = next(map(sys.getrefcount, [object()]))  # references to what only a list holds, in such a loop
@@ -54,6 +54,7 @@ class Grads:
         self._ours: list[bool] = []  # which parameters had a p.grad on this rank when the step began
         self._history = History()
         self.written: dict[int, Tensor] = {}  # by row, what ops have written through handles
+        self.incoming: dict[int, Tensor] = {}  # by row, what autograd has added to handles, for the hook that follows
         self.views = Views()
 
     def make_handle(self, entry: Entry) -> None:
@@ -150,10 +151,9 @@ class Grads:
             if grad is not entry.handle:
                 raise RuntimeError(_foreign(entry))
             if entry.consumed:
-                grad.incoming = None
+                self.incoming.pop(entry.index, None)
                 raise RuntimeError(_used_up(entry))
-            handle, grad = grad, grad.incoming
-            handle.incoming = None
+            grad = self.incoming.pop(entry.index, None)
             grad = None if grad is None else owned(grad)
         elif grad is not None:
             if entry.live:
@@ -185,7 +185,7 @@ class Grads:
             rows = list(map(_row, handles))
             if max(rows) >= len(known) or not all(map(is_, map(known.__getitem__, rows), handles)):
                 return None
-        if min(map(state.__getitem__, rows), default=0) <= USED or not all(map(is_, map(_incoming, handles), repeat(None))):
+        if min(map(state.__getitem__, rows), default=0) <= USED or self.incoming:
             return None
         return rows
 
@@ -266,7 +266,7 @@ class Grads:
         grads.discard(entry.slot)
         self.written.pop(entry.index, None)
         self.views.drop(entry.index)
-        self.table.forget(entry.handle)
+        self.incoming.pop(entry.index, None)
         entry.state, entry.factor = USED if entry.consumed else NONE, 1.0
         self.reducer.version += 1
 
@@ -358,7 +358,7 @@ class Grads:
         table = self.table
         self._reset()
         table.clear()
-        table.forget()
+        self.incoming.clear()  # of a backward that failed before the hook that takes it
         if set_to_none:
             _nothing.extend(map(setattr, table.params, repeat("grad"), repeat(None)))
         self._renew(repeat(True))

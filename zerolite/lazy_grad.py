@@ -42,6 +42,7 @@ class Source(Protocol):
     """Where a handle reads and records (the optimizer's `Grads`)."""
 
     written: dict[int, Tensor]  # by row, what ops have written through handles
+    incoming: dict[int, Tensor]  # by row, a gradient that autograd added, for the hook that follows
     views: Views
 
     def norm_tensor(self, entry: Entry, order: float) -> Tensor: ...
@@ -58,7 +59,6 @@ class LazyGrad(Tensor):
     _entry: weakref.ref[Entry]
     _source: weakref.ref[Source]
     row: int  # of the entry in its table
-    incoming: Tensor | None  # a gradient that autograd added, for the hook that follows
 
     @staticmethod
     def __new__(cls, entry: Entry, source: Source, dtype: torch.dtype) -> LazyGrad:
@@ -70,7 +70,7 @@ class LazyGrad(Tensor):
         # Weakly: the garbage collector does not look into p.grad, and a strong reference back to the parameter would keep model
         # and optimizer for ever once both are dropped after a step.
         handle._entry, handle._source = weakref.ref(entry), weakref.ref(source)
-        handle.row, handle.incoming = entry.index, None
+        handle.row = entry.index
         return handle
 
     def __init__(self, entry: Entry, source: Source, dtype: torch.dtype) -> None:
@@ -284,12 +284,12 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     if (known := _replaced(handle)) is not None:  # a view of it was written to, as this backward's first gradient comes to know
         known.add_(other)
         return handle
-    if handle.incoming is not None or handle.entry.state == torch._C._current_graph_task_id():
+    if handle.row in handle.source.incoming or handle.entry.state == torch._C._current_graph_task_id():
         raise NotImplementedError(
             f"p.grad of '{handle.entry.name}' was edited by a hook inside of backward(). Edit the gradient in p.register_hook, "
             "or p.grad after backward()."
         )
-    handle.incoming = other  # autograd accumulates; the post-accumulate hook collects it
+    handle.source.incoming[handle.row] = other  # autograd accumulates; the post-accumulate hook collects it
     return handle
 
 
@@ -384,7 +384,7 @@ def check(handle: LazyGrad) -> None:
             f"p.grad of '{entry.name}': expected a gradient, got one that optimizer.step() used up. Read it between "
             "backward() and step(); call optimizer.zero_grad() before the next backward()."
         )
-    if handle.incoming is not None:
+    if handle.row in handle.source.incoming:
         raise NotImplementedError(
             f"p.grad of '{entry.name}' was used by a hook while backward() adds to it. Use p.register_hook, or p.grad after "
             "backward()."
