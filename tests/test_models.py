@@ -102,6 +102,7 @@ def test_generate_inside_full_params_at_stage_3():
 
 def compiled_losses(stage, compile_model):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # else frames of other tests of this process count
     model = seeded(Net)
     if compile_model and stage == 3:
         for number, block in enumerate(model.blocks):
